@@ -1,0 +1,75 @@
+"""Orthogonality-informed adaptive low-rank training (OIALR) as a PEFT method.
+
+Importing this package registers the method with PEFT (type `"OIALR"`).
+
+>>> from oialr_peft import OIALRConfig
+>>> OIALRConfig().peft_type.value
+'OIALR'
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from oialr_peft import registration as _registration
+
+_registration.check_versions()
+_registration.extend_peft_type()
+
+from oialr_peft.config import OIALRConfig  # noqa: E402  (needs the extended enum)
+from oialr_peft.controller import OIALRController, OIALRUpdate  # noqa: E402
+from oialr_peft.factors import (  # noqa: E402
+    Factors,
+    factorize,
+    polar_factor,
+    rediagonalize,
+    stability,
+    truncate,
+)
+from oialr_peft.model import OIALRModel  # noqa: E402
+
+_registration.register(OIALRConfig, OIALRModel)
+
+if TYPE_CHECKING:
+    from oialr_peft.report import plot_history, rank_table
+    from oialr_peft.trainer import OIALRCallback, OIALRTrainer, OIALRTrainerMixin
+
+__version__ = "0.1.0.dev0"
+
+# importing these costs seconds (transformers.Trainer, matplotlib), so they are imported on first use
+_LAZY = {
+    "OIALRCallback": "oialr_peft.trainer",
+    "OIALRTrainer": "oialr_peft.trainer",
+    "OIALRTrainerMixin": "oialr_peft.trainer",
+    "plot_history": "oialr_peft.report",
+    "rank_table": "oialr_peft.report",
+}
+
+__all__ = [
+    "Factors",
+    "OIALRCallback",
+    "OIALRConfig",
+    "OIALRController",
+    "OIALRModel",
+    "OIALRTrainer",
+    "OIALRTrainerMixin",
+    "OIALRUpdate",
+    "factorize",
+    "plot_history",
+    "polar_factor",
+    "rank_table",
+    "rediagonalize",
+    "stability",
+    "truncate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'oialr_peft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

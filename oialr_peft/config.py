@@ -1,0 +1,333 @@
+"""`OIALRConfig`: the settings of the method, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+FORMAT_VERSION = 1  # of adapter checkpoints; raised when older releases could no longer read new files
+
+FreezeWhen = Literal["stable", "delay"]
+StabilityStorage = Literal["full", "sketch", "bf16", "cpu"]
+Shrink = Literal["physical", "mask"]
+Bias = Literal["none", "all", "oialr_only"]
+
+DEFAULT_DELAY = 0.1  # of all steps; not yet the result of a measurement (docs/differences.md)
+
+
+@dataclass
+class OIALRConfig(PeftConfig):
+    """Configuration of orthogonality-informed adaptive low-rank training.
+
+    Steps follow `transformers.TrainingArguments`: an int ≥ 1 is a number of optimizer steps, a float in (0, 1) a
+    fraction of all optimizer steps. Ranks and floors: an int ≥ 1 is a count, a float in (0, 1) a fraction of
+    k = min(out, in) of each layer, rounded up.
+
+    Args:
+        target_modules: names (suffixes), a regular expression, or `"all-linear"`; `None` means `"all-linear"`: every
+            linear layer except the output head of a transformers model.
+        exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform, layers_pattern: restrict `target_modules` to these layer indices, as in LoRA.
+        modules_to_save: modules trained and saved in full beside the adapter, such as a new classification head.
+        bias: which biases train: `"none"`, `"all"`, or `"oialr_only"` (those of the target layers).
+        trainable_token_indices: token rows of the embedding that train, as in LoRA.
+        residual: keep the base weight and train a low-rank correction of it, from zero; no dense phase. For large
+            pretrained models.
+        pretraining: train from scratch: everything that is not targeted trains and is saved as well, and the base copies
+            of the target weights are released.
+        init_rank: rank kept when a layer is factored; `None` keeps all k directions.
+        freeze_when: `"stable"` factors each layer once its Stability reaches `stability_threshold`; `"delay"` factors
+            all layers at `delay`, as the paper does.
+        delay: step before which no layer is factored; 0 with `freeze_when="delay"` factors when the adapter is made.
+            `None` means 0 with `residual`, otherwise 0.1.
+        stability_threshold: Stability, in (0, 1], from which a layer counts as stable.
+        update_every: ν, steps between two checks.
+        cutoff: β in [0, 1): directions with σ < β·σ_max are dropped.
+        layers_per_update: α in (0, 1]: share of the layers added at each Σ update, from the last one back; 1 = all.
+        max_output_loss: reserved for a bound on the output energy that one Σ update may remove; only `None`, the
+            paper's rule alone, is available in this release.
+        max_rank_drop: largest share of a rank lost in one update, in (0, 1].
+        min_rank: floor of the rank.
+        stability_storage: what is kept of the last basis: `"full"` (exact), `"bf16"`, `"cpu"`, or `"sketch"` (its
+            product with 32 random ±1 columns).
+        init_weights: `False` makes a fresh adapter differ from the base model (for tests).
+        shrink: `"physical"` makes the tensors smaller when the rank falls; `"mask"` keeps their shapes during training
+            and cuts them when the adapter is saved.
+        rank_pattern: full module name → rank of layers that start factored. Written by the method when it saves an
+            adapter: then a layer that is missing in it is dense.
+        format_version: written when an adapter is saved; leave it at `None`.
+
+    Raises:
+        ValueError: a field has the wrong type, is out of range, or contradicts another one.
+
+    >>> OIALRConfig(cutoff=0.2).cutoff
+    0.2
+    >>> OIALRConfig(cutoff=1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: `cutoff` must be a number in [0, 1), but is 1.5. 0.1 drops directions below a tenth of the largest.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": 'Names, a regular expression, or "all-linear" (the default).'}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Layer indices that `target_modules` is restricted to."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that `layers_to_transform` counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved in full beside the adapter."}
+    )
+    bias: str = field(default="none", metadata={"help": 'Biases that train: "none", "all" or "oialr_only".'})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token rows of the embedding that train."}
+    )
+    residual: bool = field(
+        default=False, metadata={"help": "Keep the base weight and train a low-rank correction of it."}
+    )
+    pretraining: bool = field(
+        default=False, metadata={"help": "Train and save everything; release the base copies of the target weights."}
+    )
+    init_rank: int | float | None = field(
+        default=None, metadata={"help": "Rank kept at factorization: count, or fraction of k; None keeps all."}
+    )
+    freeze_when: str = field(
+        default="stable", metadata={"help": '"stable": per layer, by Stability; "delay": all layers at `delay`.'}
+    )
+    delay: int | float | None = field(
+        default=None, metadata={"help": "Step before which no layer is factored; None: 0 if residual, else 0.1."}
+    )
+    stability_threshold: float = field(
+        default=0.9, metadata={"help": "Stability, in (0, 1], from which a layer counts as stable."}
+    )
+    update_every: int | float = field(default=0.04, metadata={"help": "Steps between two checks."})
+    cutoff: float = field(default=0.1, metadata={"help": "Directions with σ < cutoff·σ_max are dropped."})
+    layers_per_update: float = field(
+        default=1.0, metadata={"help": "Share of the layers added at each Σ update, from the last one back."}
+    )
+    max_output_loss: float | None = field(
+        default=None, metadata={"help": "Reserved; only None (the paper's rule alone) is available."}
+    )
+    max_rank_drop: float = field(default=0.5, metadata={"help": "Largest share of a rank lost in one update."})
+    min_rank: int | float = field(default=0.01, metadata={"help": "Floor of the rank: count, or fraction of k."})
+    stability_storage: str = field(
+        default="full", metadata={"help": 'What is kept of the last basis: "full", "bf16", "cpu" or "sketch".'}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "False makes a fresh adapter differ from the base model (for tests)."}
+    )
+    shrink: str = field(
+        default="physical", metadata={"help": '"physical", or "mask": keep shapes in training and cut at save.'}
+    )
+    rank_pattern: dict[str, int] | None = field(
+        default=None, metadata={"help": "Full module name → rank; written by the method when it saves."}
+    )
+    format_version: int | None = field(
+        default=None, metadata={"help": "Version of the adapter's file format; written when it is saved."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = cast(PeftType, PeftType("OIALR"))
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = cast(Any, set(self.target_modules))
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = cast(Any, set(self.exclude_modules))
+        self._check_modules()
+        self._check_method()
+        if self.delay is None:
+            self.delay = 0 if self.residual else DEFAULT_DELAY
+        self._check_combinations()
+        self._check_format()
+
+    @property
+    def starts_factored(self) -> bool:
+        """Whether fresh layers are factored when the adapter is made, without a dense phase."""
+        return self.residual or (self.freeze_when == "delay" and self.delay == 0)
+
+    @property
+    def is_from_checkpoint(self) -> bool:
+        """Whether this configuration was saved with an adapter, whose weights say what each layer is."""
+        return self.format_version is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary; sets become sorted lists, so that equal settings give equal files."""
+        fields = super().to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; see `PeftConfig.save_pretrained`.
+
+        After an adapter's weights were collected for saving, the file also holds their ranks as `rank_pattern`.
+        """
+        saved_ranks = self.__dict__.get("_saved_ranks")
+        if saved_ranks is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        before = self.rank_pattern, self.format_version
+        self.rank_pattern, self.format_version = saved_ranks, FORMAT_VERSION
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.rank_pattern, self.format_version = before
+
+    def record_ranks(self, ranks: dict[str, int]) -> None:
+        """Remember the ranks (full module name → rank) of weights that are about to be saved beside this file."""
+        self._saved_ranks = ranks
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _is_collection_of(str, value)):
+                raise ValueError(
+                    f"`{name}` must be a list of module names, a regular expression or None, but is {value!r}. "
+                    'For every linear layer, write "all-linear".'
+                )
+        if isinstance(self.target_modules, Collection) and len(self.target_modules) == 0:
+            raise ValueError(
+                "`target_modules` must name at least one module, but is empty. Leave it out to target every linear "
+                "layer."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"`layers_to_transform` must not be combined with a string in `target_modules` "
+                f"({self.target_modules!r}). Give `target_modules` as a list, or put the indices into the expression."
+            )
+        if self.target_modules is None and self.layers_to_transform is not None:
+            raise ValueError(
+                "`layers_to_transform` needs `target_modules` as a list of names, but that is None. Name the modules."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"`layers_pattern` ({self.layers_pattern!r}) needs `layers_to_transform`, but that is None. Set both "
+                "or neither."
+            )
+        if not (self.modules_to_save is None or _is_collection_of(str, self.modules_to_save)):
+            raise ValueError(
+                f"`modules_to_save` must be a list of module names or None, but is {self.modules_to_save!r}. "
+                "A single module is written as a list of one."
+            )
+        self._check_choice("bias", get_args(Bias))
+
+    def _check_method(self) -> None:
+        for name in ("residual", "pretraining", "init_weights"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False, but is {value!r}. Choose one of the two.")
+        self._check_choice("freeze_when", get_args(FreezeWhen))
+        self._check_choice("stability_storage", get_args(StabilityStorage))
+        self._check_choice("shrink", get_args(Shrink))
+        if self.delay is not None:
+            self._check_steps("delay", self.delay, minimum=0)
+        self._check_steps("update_every", self.update_every, minimum=1)
+        if self.init_rank is not None:
+            self._check_rank("init_rank", self.init_rank)
+        self._check_rank("min_rank", self.min_rank)
+        if not _is_number(self.stability_threshold) or not 0 < self.stability_threshold <= 1:
+            raise ValueError(
+                f"`stability_threshold` must be a number in (0, 1], but is {self.stability_threshold!r}. 0.9 is a "
+                "common start."
+            )
+        if not _is_number(self.cutoff) or not 0 <= self.cutoff < 1:
+            raise ValueError(
+                f"`cutoff` must be a number in [0, 1), but is {self.cutoff!r}. 0.1 drops directions below a tenth of "
+                "the largest."
+            )
+        if not _is_number(self.layers_per_update) or not 0 < self.layers_per_update <= 1:
+            raise ValueError(
+                f"`layers_per_update` must be a number in (0, 1], but is {self.layers_per_update!r}. 1 updates every "
+                "layer at once, the paper's 0.1 adds a tenth of them per update."
+            )
+        if not _is_number(self.max_rank_drop) or not 0 < self.max_rank_drop <= 1:
+            raise ValueError(
+                f"`max_rank_drop` must be a number in (0, 1], but is {self.max_rank_drop!r}. 0.5 at most halves a "
+                "rank per update; set `cutoff=0` to drop nothing."
+            )
+        if self.max_output_loss is not None:
+            raise ValueError(
+                f"`max_output_loss` must be None in this release, but is {self.max_output_loss!r}. Use a smaller "
+                "`cutoff`, or `residual=True`, to bound what an update removes."
+            )
+
+    def _check_combinations(self) -> None:
+        if self.residual and self.delay != 0:
+            raise ValueError(
+                f"`residual=True` has no dense phase, so `delay` must be 0, but is {self.delay!r}. Leave `delay` out, "
+                "or set `residual=False`."
+            )
+        if self.residual and self.pretraining:
+            raise ValueError(
+                "`pretraining=True` releases the base weights that `residual=True` needs. Choose `pretraining` for "
+                "training from scratch, `residual` for fine-tuning a pretrained model."
+            )
+
+    def _check_format(self) -> None:
+        if self.rank_pattern is not None and not (
+            isinstance(self.rank_pattern, dict)
+            and all(isinstance(key, str) and _is_count(value) for key, value in self.rank_pattern.items())
+        ):
+            raise ValueError(
+                f"`rank_pattern` must map full module names to ranks ≥ 1, but is {self.rank_pattern!r}. Leave it out "
+                "to let the method choose the ranks."
+            )
+        if self.format_version is not None and not _is_count(self.format_version):
+            raise ValueError(
+                f"`format_version` must be None or an int ≥ 1, but is {self.format_version!r}. Leave it out; it is "
+                "written when an adapter is saved."
+            )
+        if self.format_version is not None and self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` of this adapter is {self.format_version}, but this release reads up to "
+                f"{FORMAT_VERSION}. Upgrade oialr-peft."
+            )
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            listed = ", ".join(repr(choice) for choice in choices)
+            raise ValueError(f"`{name}` must be one of {listed}, but is {value!r}. Choose one of them.")
+
+    @staticmethod
+    def _check_steps(name: str, value: Any, *, minimum: int) -> None:
+        if _is_int(value) and value >= minimum:
+            return
+        if isinstance(value, float) and 0 < value < 1:
+            return
+        raise ValueError(
+            f"`{name}` must be an int ≥ {minimum} (optimizer steps) or a float in (0, 1) (fraction of all steps), but "
+            f"is {value!r}. Write 100 for every hundredth step, 0.04 for 25 times in a run."
+        )
+
+    @staticmethod
+    def _check_rank(name: str, value: Any) -> None:
+        if _is_count(value) or (isinstance(value, float) and 0 < value < 1):
+            return
+        raise ValueError(
+            f"`{name}` must be an int ≥ 1 (a count) or a float in (0, 1) (fraction of min(out, in)), but is {value!r}. "
+            "Write 16 for rank 16, 0.25 for a quarter of the full rank."
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_int(value) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_int(value)
+
+
+def _is_collection_of(kind: type, value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, kind) for item in value)

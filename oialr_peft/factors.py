@@ -1,0 +1,291 @@
+"""Linear algebra of the method, on plain tensors: decomposing a weight, measuring how far its basis moved, cutting rank.
+
+Nothing here knows about layers, optimizers or processes. Every function accepts float16, bfloat16, float32 and float64;
+it computes in at least float32 and returns the dtype it was given.
+
+Source: Coquelin et al., *Harnessing Orthogonality to Train Low-Rank Neural Networks*, arXiv 2401.08505.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """A rank-r weight ``W = u @ sigma @ vh``, of which only `sigma` is trained.
+
+    >>> factors = factorize(torch.eye(3))
+    >>> factors.rank
+    3
+    >>> bool(torch.allclose(factors.weight(), torch.eye(3)))
+    True
+    """
+
+    u: Tensor  # (m, r), orthonormal columns
+    sigma: Tensor  # (r, r), diagonal only just after a decomposition
+    vh: Tensor  # (r, n), orthonormal rows
+
+    @property
+    def rank(self) -> int:
+        """The number of directions r."""
+        return self.sigma.shape[0]
+
+    def weight(self) -> Tensor:
+        """The dense (m, n) weight, multiplied in at least float32."""
+        dtype = compute_dtype(self.sigma)
+        product = self.u.to(dtype) @ self.sigma.to(dtype) @ self.vh.to(dtype)
+        return product.to(self.sigma.dtype)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64 input, float32 for every narrower floating dtype."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def factorize(weight: Tensor, *, rank: int | None = None, name: str = "weight") -> Factors:
+    """Thin SVD ``W = U Σ Vᵀ``, truncated to the `rank` largest singular values.
+
+    Args:
+        weight: (m, n), any floating dtype.
+        rank: number of directions kept, 1 ≤ rank ≤ k = min(m, n); `None` keeps all k.
+        name: what the error message calls the weight.
+
+    Returns:
+        u (m, rank), sigma (rank, rank) diagonal and descending, vh (rank, n), in the dtype of `weight`.
+
+    Raises:
+        ValueError: `weight` is not a non-empty floating matrix, holds NaN or Inf, or `rank` is out of range.
+        torch.linalg.LinAlgError: neither the SVD nor the fallback converged.
+
+    >>> factors = factorize(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
+    >>> factors.sigma
+    tensor([[3., 0.],
+            [0., 2.]])
+    """
+    _require_finite_matrix(weight, name)
+    full_rank = min(weight.shape)
+    if rank is None:
+        rank = full_rank
+    if not 1 <= rank <= full_rank:
+        raise ValueError(
+            f"`rank` must be between 1 and min(m, n) = {full_rank} for `{name}` of shape {tuple(weight.shape)}, "
+            f"but is {rank}. Choose a rank in that range, or None to keep all directions."
+        )
+    u, singular_values, vh = _svd(weight.to(compute_dtype(weight)), name)
+    return Factors(
+        u[:, :rank].to(weight.dtype).contiguous(),
+        torch.diag(singular_values[:rank]).to(weight.dtype),
+        vh[:rank].to(weight.dtype).contiguous(),
+    )
+
+
+def polar_factor(weight: Tensor, *, name: str = "weight") -> Tensor:
+    """The orthogonal basis ``B = U Vᵀ`` of a weight ``W = U Σ Vᵀ``: its orthogonal polar factor.
+
+    Args:
+        weight: (m, n), any floating dtype.
+        name: what the error message calls the weight.
+
+    Returns:
+        (m, n) with orthonormal columns (m ≥ n) or rows (m < n), in the dtype of `weight`. For a rank-deficient weight
+        the part of the basis that belongs to σ = 0 is not unique; the decomposition's own choice is returned.
+
+    Raises:
+        ValueError, torch.linalg.LinAlgError: as `factorize`.
+
+    >>> polar_factor(torch.diag(torch.tensor([2.0, -5.0])))
+    tensor([[ 1.,  0.],
+            [ 0., -1.]])
+    """
+    _require_finite_matrix(weight, name)
+    u, _, vh = _svd(weight.to(compute_dtype(weight)), name)
+    # `+ 0` turns the -0.0 of sign-flipped pairs into 0.0
+    return (u @ vh + 0).to(weight.dtype)
+
+
+def stability(basis: Tensor, previous: Tensor) -> float:
+    """Stability ``S = ⟨basis, previous⟩_F / k`` of a basis, in [-1, 1]; 1 means that it did not move.
+
+    Args:
+        basis, previous: (m, n) orthogonal polar factors of one weight at two moments, k = min(m, n).
+
+    Raises:
+        ValueError: the shapes differ.
+
+    >>> basis = polar_factor(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+    >>> stability(basis, basis), stability(basis, -basis)
+    (1.0, -1.0)
+    """
+    if basis.shape != previous.shape:
+        raise ValueError(
+            f"`basis` and `previous` must have one shape, but have {tuple(basis.shape)} and {tuple(previous.shape)}. "
+            "Compare two bases of the same weight."
+        )
+    dtype = compute_dtype(basis)
+    inner = (basis.to(dtype) * previous.to(device=basis.device, dtype=dtype)).sum(dtype=torch.float64)
+    return min(1.0, max(-1.0, inner.item() / min(basis.shape)))
+
+
+def rediagonalize(factors: Factors, *, name: str = "sigma") -> Factors:
+    """Rotate the basis so that Σ is diagonal and descending again; the weight stays the same.
+
+    ``Σ = P D Qᵀ``;  ``U ← U P``,  ``Vᵀ ← Qᵀ Vᵀ``,  ``Σ ← D``. The SVD is of the (r, r) Σ alone.
+
+    Args:
+        factors: u (m, r), sigma (r, r), vh (r, n).
+        name: what the error message calls sigma.
+
+    Raises:
+        ValueError, torch.linalg.LinAlgError: as `factorize`.
+
+    >>> factors = Factors(torch.eye(2), torch.tensor([[0.0, 1.0], [4.0, 0.0]]), torch.eye(2))
+    >>> rediagonalize(factors).sigma
+    tensor([[4., 0.],
+            [0., 1.]])
+    """
+    rotation = rotation_of(factors.sigma, name=name)
+    return rotate(factors, rotation)
+
+
+class Rotation(NamedTuple):
+    """The SVD ``Σ = P D Qᵀ`` of a core, kept so that optimizer state can follow the same rotation."""
+
+    p: Tensor  # (r, r'), orthonormal columns
+    singular_values: Tensor  # (r',), descending, ≥ 0
+    q: Tensor  # (r, r'), orthonormal columns
+
+    def cut(self, rank: int) -> Rotation:
+        """Only the `rank` largest directions."""
+        return Rotation(self.p[:, :rank], self.singular_values[:rank], self.q[:, :rank])
+
+
+def rotation_of(sigma: Tensor, *, name: str = "sigma") -> Rotation:
+    """SVD of a core `sigma` (r, r) in at least float32, with the checks of `factorize`."""
+    _require_finite_matrix(sigma, name)
+    p, singular_values, qh = _svd(sigma.to(compute_dtype(sigma)), name)
+    return Rotation(p, singular_values, qh.mT)
+
+
+def rotate(factors: Factors, rotation: Rotation) -> Factors:
+    """``U ← U P``, ``Vᵀ ← Qᵀ Vᵀ``, ``Σ ← D``; a rotation that was `cut` truncates at the same time."""
+    dtype = rotation.p.dtype
+    return Factors(
+        (factors.u.to(dtype) @ rotation.p).to(factors.u.dtype).contiguous(),
+        torch.diag(rotation.singular_values).to(factors.sigma.dtype),
+        (rotation.q.mT @ factors.vh.to(dtype)).to(factors.vh.dtype).contiguous(),
+    )
+
+
+def rank_to_keep(singular_values: Tensor, *, cutoff: float, max_rank_drop: float = 0.5, min_rank: int = 1) -> int:
+    """``max(#{σ ≥ β·σ_max}, r − ⌊max_rank_drop·r⌋, min_rank)``, at most r.
+
+    Args:
+        singular_values: (r,), descending.
+        cutoff: β in [0, 1).
+        max_rank_drop: largest share of r lost at once, in [0, 1].
+        min_rank: floor, a number of directions.
+
+    >>> rank_to_keep(torch.tensor([10.0, 2.0, 0.5, 0.1]), cutoff=0.1)
+    2
+    >>> rank_to_keep(torch.tensor([10.0, 2.0, 0.5, 0.1]), cutoff=0.1, max_rank_drop=0.25)
+    3
+    """
+    rank = singular_values.numel()
+    # an all-zero core has lost nothing yet: 0 ≥ β·0 keeps every direction
+    above = int((singular_values >= cutoff * singular_values[0]).sum())
+    return min(rank, max(above, rank - math.floor(max_rank_drop * rank), min_rank))
+
+
+def truncate(factors: Factors, *, cutoff: float, max_rank_drop: float = 0.5, min_rank: int = 1) -> Factors:
+    """Drop the directions with ``σ < cutoff·σ_max``, for good.
+
+    The rank kept is ``max(#{σ ≥ β·σ_max}, r − ⌊max_rank_drop·r⌋, min_rank)``, at most r.
+
+    Args:
+        factors: with a diagonal, descending sigma, as `factorize` and `rediagonalize` return it.
+        cutoff: β in [0, 1); 0 drops nothing.
+        max_rank_drop: largest share of the rank lost in one call, in [0, 1].
+        min_rank: floor, a number of directions ≥ 1.
+
+    Raises:
+        ValueError: an argument is out of range, or sigma is not diagonal.
+
+    >>> factors = factorize(torch.diag(torch.tensor([10.0, 5.0, 0.5, 0.1])))
+    >>> truncate(factors, cutoff=0.1).rank
+    2
+    """
+    if not 0 <= cutoff < 1:
+        raise ValueError(f"`cutoff` must be in [0, 1), but is {cutoff}. 0.1 drops σ below a tenth of the largest.")
+    if not 0 <= max_rank_drop <= 1:
+        raise ValueError(f"`max_rank_drop` must be in [0, 1], but is {max_rank_drop}. 0.5 at most halves the rank.")
+    if min_rank < 1:
+        raise ValueError(f"`min_rank` must be at least 1, but is {min_rank}. A layer keeps at least one direction.")
+    _require_finite_matrix(factors.sigma, "sigma")
+    singular_values = factors.sigma.diagonal()
+    if not torch.equal(factors.sigma, torch.diag(singular_values)) or bool((singular_values.diff() > 0).any()):
+        raise ValueError("`factors.sigma` must be diagonal and descending. Call `rediagonalize` first.")
+    kept = rank_to_keep(singular_values, cutoff=cutoff, max_rank_drop=max_rank_drop, min_rank=min_rank)
+    return Factors(
+        factors.u[:, :kept].contiguous(), factors.sigma[:kept, :kept].contiguous(), factors.vh[:kept].contiguous()
+    )
+
+
+def _require_finite_matrix(matrix: Tensor, name: str) -> None:
+    if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
+        raise ValueError(
+            f"`{name}` must be a non-empty floating-point matrix, but has shape {tuple(matrix.shape)} and dtype "
+            f"{matrix.dtype}. Reshape it to (out, in), or dequantize it first."
+        )
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(
+            f"`{name}` holds NaN or Inf, so it has no basis. Training has diverged, or a checkpoint is damaged: lower "
+            "the learning rate, clip gradients, or go back to an earlier checkpoint."
+        )
+
+
+def _svd(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of a finite matrix; on non-convergence retried through the Gram matrix in float64, with a warning."""
+    try:
+        # scaling by a power of two is exact and keeps the products of subnormal or huge entries in range
+        scale = _power_of_two_scale(matrix)
+        u, singular_values, vh = torch.linalg.svd(matrix * scale, full_matrices=False)
+        if bool(torch.isfinite(singular_values).all()):
+            return u, singular_values / scale, vh
+    except torch.linalg.LinAlgError:
+        pass
+    warnings.warn(f"The SVD of `{name}` did not converge; retrying through its Gram matrix in float64.", stacklevel=3)
+    return _svd_by_gram(matrix)
+
+
+def _power_of_two_scale(matrix: Tensor) -> float:
+    largest = float(matrix.abs().max())
+    if largest == 0.0 or 1e-10 < largest < 1e10:
+        return 1.0
+    # float32 cannot hold 2**140, so the exponent is bounded; the result stays far from both ends of the range
+    return 2.0 ** -max(-120, min(120, math.frexp(largest)[1]))
+
+
+def _svd_by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD by eigh of AᵀA in float64; a QR of A V makes U orthonormal also where σ is tiny or zero.
+
+    Singular values are exact to about ε·σ_max, not to ε·σ: the squares lose the small ones.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        v, singular_values, uh = _svd_by_gram(matrix.mT)
+        return uh.mT, singular_values, v.mT
+    tall = matrix.to(torch.float64)
+    largest = tall.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    tall = tall / largest
+    _, v = torch.linalg.eigh(tall.mT @ tall)
+    v = v.flip(-1)
+    q, r = torch.linalg.qr(tall @ v)
+    diagonal = r.diagonal()
+    signs = torch.where(diagonal < 0, -1.0, 1.0)
+    singular_values, order = (diagonal.abs() * largest).sort(descending=True)
+    u = (q * signs)[:, order]
+    return u.to(matrix.dtype), singular_values.to(matrix.dtype), v[:, order].mT.to(matrix.dtype)

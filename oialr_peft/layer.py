@@ -1,0 +1,433 @@
+"""`OIALRLinear`: the adapter layer around one linear module, in its dense and its factored phase.
+
+What a layer holds per adapter:
+
+====== ==================== =========================================================
+phase  trained              frozen
+====== ==================== =========================================================
+dense  ``oialr_weight`` W   (none)
+factored ``oialr_sigma`` Σ  ``oialr_u`` U, ``oialr_vh`` Vᵀ
+====== ==================== =========================================================
+
+The frozen factors are parameters without gradient, not buffers: DDP does not broadcast them at every forward, and FSDP
+shards them. When a layer changes phase, and who decides that, is in `controller.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from oialr_peft.config import OIALRConfig
+from oialr_peft.factors import Factors, compute_dtype, factorize
+from oialr_peft.ops import factored_linear
+from oialr_peft.schedule import rank_of
+
+NOISE = 0.5  # of the weight's own scale, for `init_weights=False`
+
+
+class OIALRLinear(nn.Module, BaseTunerLayer):
+    """A linear module whose weight is trained dense, then as ``W = U Σ Vᵀ`` with frozen U, V.
+
+    With the base weight W₀ and bias b of `base_layer`, and the weights W_a of the active adapters::
+
+        y = x (W₀ + Σ_a ΔW_a)ᵀ + b,    ΔW_a = W_a − W₀ (replace)  or  U C Vᵀ (residual)
+
+    so that one active adapter in replace mode gives ``y = x W_aᵀ + b`` and does not touch W₀.
+
+    Args:
+        base_layer: `nn.Linear`, or Hugging Face `Conv1D`, whose weight is stored transposed.
+        name: full module name in the base model; the key of this layer in `rank_pattern` and in reports.
+
+    Attributes:
+        oialr_weight: (m, n) dense weights by adapter; (out, in) also for `Conv1D`.
+        oialr_u, oialr_sigma, oialr_vh: (m, r), (r, r), (r, n) factors by adapter.
+        residual: by adapter, whether its weight is added to the base weight instead of replacing it.
+        full_rank: by adapter, the rank that the layer has just after it is factored.
+        controlled: adapters whose phase and rank an `OIALRController` looks after.
+
+    Raises:
+        ValueError: the module is of another kind, or its weight is not a floating-point matrix.
+    """
+
+    adapter_layer_names = ("oialr_weight", "oialr_sigma")
+    other_param_names = ("oialr_u", "oialr_vh", "residual", "full_rank", "ranks", "controlled")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        inner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        if not isinstance(inner, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"`target_modules` may name nn.Linear and transformers' Conv1D modules, but `{name}` is a "
+                f"{type(inner).__name__}. Leave it out, or list it in `exclude_modules`."
+            )
+        self.base_layer = base_layer
+        self.name = name
+        self.transposed = isinstance(inner, Conv1D)
+        self.out_features, self.in_features = inner.weight.T.shape if self.transposed else inner.weight.shape
+        self.oialr_weight = nn.ParameterDict()
+        self.oialr_u = nn.ParameterDict()
+        self.oialr_sigma = nn.ParameterDict()
+        self.oialr_vh = nn.ParameterDict()
+        self.residual: dict[str, bool] = {}
+        self.full_rank: dict[str, int] = {}
+        self.ranks: dict[str, int] = {}
+        self.controlled: dict[str, bool] = {}
+        self.base_released = False
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: Tensor | None = None
+        self._disable_adapters = False
+
+    # ---- creation ----------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, adapter_name: str, config: OIALRConfig) -> None:
+        """Give the layer a new adapter: dense or factored, as `config` says.
+
+        No decomposition is computed when weights will follow from a checkpoint, or on the meta device.
+        """
+        if self.base_released:
+            raise ValueError(
+                f"The base weight of `{self.name}` was released by `pretraining=True`, so no second adapter fits. "
+                "Load the base model again, or use `pretraining=False`."
+            )
+        weight = self._base_matrix()
+        if not weight.is_floating_point() or weight.ndim != 2:
+            raise ValueError(
+                f"The weight of `{self.name}` must be a floating-point matrix, but has dtype {weight.dtype} and shape "
+                f"{tuple(weight.shape)}. Quantized base layers are not supported; load the model without quantization."
+            )
+        self.residual[adapter_name] = config.residual
+        self.full_rank[adapter_name] = rank_of(config.init_rank, min(weight.shape))
+        pattern = config.rank_pattern or {}
+        factored = self.name in pattern or (config.starts_factored and not config.is_from_checkpoint)
+        rank = rank_of(pattern.get(self.name, self.full_rank[adapter_name]), min(weight.shape))
+        if not factored:
+            self._add_dense(adapter_name, weight, config)
+        elif config.is_from_checkpoint or weight.is_meta or _parameters_become_meta():
+            self.set_factors(adapter_name, self._placeholder_factors(weight, rank))
+        else:
+            self._add_factored(adapter_name, weight, rank, config)
+        if config.pretraining:
+            self.release_base()
+
+    def _add_dense(self, adapter_name: str, weight: Tensor, config: OIALRConfig) -> None:
+        # pretraining takes over the storage of the base weight instead of copying it
+        dense = weight.contiguous() if config.pretraining else weight.clone(memory_format=torch.contiguous_format)
+        if not config.init_weights:
+            dense = dense + _noise_like(dense)
+        self.oialr_weight[adapter_name] = nn.Parameter(dense)
+
+    def _add_factored(self, adapter_name: str, weight: Tensor, rank: int, config: OIALRConfig) -> None:
+        factors = factorize(weight, rank=rank, name=self.name)
+        if config.residual:
+            factors = factors._replace(sigma=torch.zeros_like(factors.sigma))
+        if not config.init_weights:
+            factors = factors._replace(sigma=factors.sigma + _noise_like(factors.sigma))
+        self.set_factors(adapter_name, factors)
+
+    @staticmethod
+    def _placeholder_factors(weight: Tensor, rank: int) -> Factors:
+        # NaN, so that an adapter whose weights were never loaded cannot pass for a working one
+        return Factors(
+            weight.new_zeros(weight.shape[0], rank),
+            weight.new_full((rank, rank), torch.nan),
+            weight.new_zeros(rank, weight.shape[1]),
+        )
+
+    def release_base(self) -> None:
+        """Free the base weight (pretraining): it is replaced by an empty tensor of the same dtype and device."""
+        base = self.get_base_layer()
+        # straight into the dictionary: `init_empty_weights` would move an assigned parameter to the meta device
+        base._parameters["weight"] = nn.Parameter(base.weight.new_empty(0), requires_grad=False)
+        self.base_released = True
+
+    # ---- phase and rank ----------------------------------------------------------------------------------------------
+
+    def is_dense(self, adapter_name: str) -> bool:
+        """Whether the adapter still trains its full weight here."""
+        return adapter_name in self.oialr_weight
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether the adapter has weights in this layer."""
+        return adapter_name in self.oialr_weight or adapter_name in self.oialr_sigma
+
+    def rank(self, adapter_name: str) -> int:
+        """Directions in use: the rank of a factored layer, min(m, n) of a dense one."""
+        if self.is_dense(adapter_name):
+            return min(self.out_features, self.in_features)
+        return self.ranks[adapter_name]
+
+    def trained_parameter(self, adapter_name: str) -> nn.Parameter:
+        """W in the dense phase, Σ in the factored one."""
+        return self.oialr_weight[adapter_name] if self.is_dense(adapter_name) else self.oialr_sigma[adapter_name]
+
+    def factors(self, adapter_name: str) -> Factors:
+        """The factors in use, detached: u (m, r), sigma (r, r), vh (r, n), cut to the rank."""
+        rank = self.ranks[adapter_name]
+        return Factors(
+            self.oialr_u[adapter_name].detach()[:, :rank],
+            self.oialr_sigma[adapter_name].detach()[:rank, :rank],
+            self.oialr_vh[adapter_name].detach()[:rank],
+        )
+
+    def set_factors(self, adapter_name: str, factors: Factors, *, size: int | None = None) -> nn.Parameter:
+        """Store `factors`, ending the dense phase if there was one, and return the parameter that now holds Σ.
+
+        Existing tensors of the right shape are overwritten in place; otherwise new parameters are made, because a
+        parameter that shrinks in place breaks the next backward.
+
+        Args:
+            factors: u (m, r), sigma (r, r), vh (r, n).
+            size: store them in tensors of this many directions ≥ r, the rest zero. Zero directions get zero gradients,
+                so they stay zero in training (``shrink="mask"``).
+        """
+        rank = factors.rank
+        trains = True
+        if self.has_adapter(adapter_name):
+            trains = self.trained_parameter(adapter_name).requires_grad
+        if self.is_dense(adapter_name):
+            del self.oialr_weight[adapter_name]
+        size = rank if size is None else size
+        pad = size - rank
+        _store(self.oialr_u, adapter_name, F.pad(factors.u, (0, pad)), requires_grad=False)
+        _store(self.oialr_sigma, adapter_name, F.pad(factors.sigma, (0, pad, 0, pad)), requires_grad=trains)
+        _store(self.oialr_vh, adapter_name, F.pad(factors.vh, (0, 0, 0, pad)), requires_grad=False)
+        self.ranks[adapter_name] = rank
+        return self.oialr_sigma[adapter_name]
+
+    def set_dense(self, adapter_name: str, weight: Tensor) -> nn.Parameter:
+        """Put the adapter (back) into the dense phase with this (m, n) weight, and return its parameter."""
+        trains = True
+        if self.has_adapter(adapter_name):
+            trains = self.trained_parameter(adapter_name).requires_grad
+        for container in (self.oialr_u, self.oialr_sigma, self.oialr_vh):
+            if adapter_name in container:
+                del container[adapter_name]
+        self.ranks.pop(adapter_name, None)
+        _store(self.oialr_weight, adapter_name, weight, requires_grad=trains)
+        return self.oialr_weight[adapter_name]
+
+    def match_checkpoint(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Take the phase and the shapes that a checkpoint has, so that its tensors fit; values are loaded afterwards.
+
+        Args:
+            tensors: what the checkpoint holds for this layer, by ``"oialr_weight"``, ``"oialr_u"``, ….
+
+        Raises:
+            ValueError: the tensors do not make a layer of this shape. The layer is then unchanged.
+        """
+        m, n = self.out_features, self.in_features
+        reference = self.trained_parameter(adapter_name)
+        if "oialr_weight" in tensors:
+            self._check_shapes(tensors, {"oialr_weight": (m, n)})
+            if not self.is_dense(adapter_name):
+                self.set_dense(adapter_name, reference.new_empty(m, n))
+            return
+        sigma = tensors.get("oialr_sigma")
+        size = sigma.shape[0] if sigma is not None and sigma.ndim == 2 else 0
+        self._check_shapes(tensors, {"oialr_u": (m, size), "oialr_sigma": (size, size), "oialr_vh": (size, n)})
+        if self.is_dense(adapter_name) or self.oialr_sigma[adapter_name].shape != (size, size):
+            empty = Factors(reference.new_empty(m, size), reference.new_empty(size, size), reference.new_empty(size, n))
+            self.set_factors(adapter_name, empty)
+        # a masked layer in training has zero rows beyond its rank
+        used = int(tensors["oialr_vh"].abs().amax(dim=1).count_nonzero())
+        self.ranks[adapter_name] = max(1, used)
+
+    def _check_shapes(self, tensors: dict[str, Tensor], expected: dict[str, tuple[int, int]]) -> None:
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        size = expected.get("oialr_sigma", (1, 1))[0]
+        if found != expected or not 1 <= size <= min(self.out_features, self.in_features):
+            raise ValueError(
+                f"The checkpoint does not fit `{self.name}`, a layer of {self.out_features}×{self.in_features}: it "
+                f"holds {found or 'nothing for it'}. It was saved from another model, or is damaged."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # any `load_state_dict`, Accelerate's `load_state` included, may bring other phases and ranks than the model has
+        for adapter_name in self._get_available_adapters():
+            names = ("oialr_weight", "oialr_u", "oialr_sigma", "oialr_vh")
+            keys = {name: f"{prefix}{name}.{adapter_name}" for name in names}
+            tensors = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+            if tensors:
+                self.match_checkpoint(adapter_name, tensors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # ---- computation -------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``y = x (W₀ + Σ_a ΔW_a)ᵀ + b``: (..., n) → (..., m), in the dtype of the input."""
+        active = [name for name in self.active_adapters if self.has_adapter(name)]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        replacing = sum(not self.residual[name] for name in active)
+        if replacing == 1:
+            first = next(name for name in active if not self.residual[name])
+            result = self._apply(x, first, self.get_base_layer().bias)
+            rest = [name for name in active if name != first]
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+            if replacing > 1:
+                result = result - replacing * F.linear(x, self._base_matrix())
+            rest = active
+        for name in rest:
+            result = result + self._apply(x, name, None)
+        return result
+
+    def _apply(self, x: Tensor, adapter_name: str, bias: Tensor | None) -> Tensor:
+        trained = self.trained_parameter(adapter_name)
+        inputs = self._cast_input_dtype(x, trained.dtype)
+        if bias is not None and bias.dtype != trained.dtype:
+            bias = bias.to(trained.dtype)
+        if self.is_dense(adapter_name):
+            result = F.linear(inputs, trained, bias)
+        else:
+            factors = Factors(self.oialr_u[adapter_name], trained, self.oialr_vh[adapter_name])
+            result = factored_linear(inputs, factors, bias)
+        # under autocast the result already has the autocast dtype
+        return result if inputs.dtype == x.dtype else result.to(x.dtype)
+
+    # ---- merging -----------------------------------------------------------------------------------------------------
+
+    def adapter_weight(self, adapter_name: str) -> Tensor:
+        """The (m, n) matrix of one adapter: its weight (replace) or its correction of the base weight (residual)."""
+        if self.is_dense(adapter_name):
+            return self.oialr_weight[adapter_name].detach()
+        return self.factors(adapter_name).weight()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """ΔW_a, what merging adds to the base weight, in the base weight's layout and dtype."""
+        if self.base_released:
+            raise RuntimeError(
+                f"`{self.name}` has no base weight to compare with: `pretraining=True` released it. Use "
+                "`merge_and_unload`, which writes the adapter's own weight."
+            )
+        base = self.get_base_layer().weight
+        delta = self.adapter_weight(adapter_name).to(compute_dtype(base))
+        if not self.residual[adapter_name]:
+            delta = delta - self._unmerged_base_matrix().to(delta.dtype)
+        return (delta.T if self.transposed else delta).to(base.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write ``W₀ + Σ_a ΔW_a`` into the base layer; `unmerge` restores W₀ bit for bit.
+
+        Args:
+            safe_merge: refuse to merge weights that hold NaN or Inf.
+            adapter_names: which adapters; `None` means the active ones.
+
+        Raises:
+            ValueError: with `safe_merge`, the merged weight is not finite; the base layer is then unchanged.
+        """
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+        if not new:
+            return
+        base = self.get_base_layer()
+        merged = self._merged_matrix(self.merged_adapters + new)
+        if safe_merge and not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken: `{self.name}` "
+                "would hold NaN or Inf. Go back to an earlier checkpoint."
+            )
+        if self._unmerged_weight is None:
+            self._unmerged_weight = base.weight.data
+        merged = (merged.T if self.transposed else merged).to(base.weight.dtype).contiguous()
+        if self.base_released:
+            base._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+        else:
+            base.weight.data = merged
+        self.merged_adapters.extend(new)
+
+    def unmerge(self) -> None:
+        """Restore the base weight that `merge` replaced, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        if self.base_released:
+            self.release_base()
+        else:
+            assert self._unmerged_weight is not None
+            self.get_base_layer().weight.data = self._unmerged_weight
+        self._unmerged_weight = None
+
+    def _merged_matrix(self, adapter_names: list[str]) -> Tensor:
+        weights = [self.adapter_weight(name) for name in adapter_names]
+        replacing = sum(not self.residual[name] for name in adapter_names)
+        if replacing == 1 and len(weights) == 1:
+            return weights[0]
+        if self.base_released:
+            raise RuntimeError(f"`{self.name}` has no base weight; `pretraining=True` released it. Merge one adapter.")
+        base = self._unmerged_base_matrix()
+        total = (1 - replacing) * base.to(compute_dtype(base))
+        for weight in weights:
+            total = total + weight
+        return total
+
+    def _base_matrix(self) -> Tensor:
+        weight = self.get_base_layer().weight.data
+        return weight.T if self.transposed else weight
+
+    def _unmerged_base_matrix(self) -> Tensor:
+        weight = self.get_base_layer().weight.data if self._unmerged_weight is None else self._unmerged_weight
+        return weight.T if self.transposed else weight
+
+    # ---- PEFT's protocol ---------------------------------------------------------------------------------------------
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; switching off a merged layer unmerges it first."""
+        if not enabled and self.base_released:
+            raise RuntimeError(
+                "Adapters trained with `pretraining=True` cannot be disabled: the base weights were released. To "
+                "compare with the model before training, keep a copy of it."
+            )
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # to the device only: PEFT's own version would also cast to the base dtype and unfreeze U and V
+        target = self.get_base_layer().weight.device if device is None else device
+        if target.type == "meta":
+            return
+        for container in (self.oialr_weight, self.oialr_u, self.oialr_sigma, self.oialr_vh):
+            if adapter_name in container and not container[adapter_name].is_meta:
+                parameter = container[adapter_name]
+                moved = nn.Parameter(parameter.data.to(target), requires_grad=parameter.requires_grad)
+                container[adapter_name] = moved
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ΔW is available, which PEFT's conversion to LoRA starts from."""
+        return not self.base_released
+
+    def extra_repr(self) -> str:
+        """Phase and rank of each adapter."""
+        return ", ".join(
+            f"{name}: {'dense' if self.is_dense(name) else f'rank {self.ranks[name]}'}"
+            for name in sorted(self._get_available_adapters())
+        )
+
+
+def _store(container: nn.ParameterDict, adapter_name: str, value: Tensor, *, requires_grad: bool) -> None:
+    """Overwrite the parameter in place when the shape fits, else put a new one."""
+    if adapter_name in container and container[adapter_name].shape == value.shape:
+        with torch.no_grad():
+            container[adapter_name].copy_(value)
+    else:
+        container[adapter_name] = nn.Parameter(value.contiguous(), requires_grad=requires_grad)
+
+
+def _noise_like(matrix: Tensor) -> Tensor:
+    scale = matrix.std() if matrix.numel() > 1 else matrix.abs().max()
+    return NOISE * torch.randn_like(matrix) * torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _parameters_become_meta() -> bool:
+    """Whether we are inside PEFT's or Accelerate's `init_empty_weights`, which sends new parameters to meta."""
+    probe = nn.Module()
+    probe.probe = nn.Parameter(torch.empty(0))
+    return probe.probe.is_meta

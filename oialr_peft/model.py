@@ -1,0 +1,344 @@
+"""`OIALRModel`: the tuner that PEFT calls to put adapter layers into a model, and to save and load them."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_tuner_state_dict_key_prefixes,
+    _is_key_under_prefixes,
+)
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from oialr_peft.config import OIALRConfig
+from oialr_peft.layer import OIALRLinear
+from oialr_peft.registration import PREFIX
+
+STEPS_UNTIL_WARNING = 100  # without a controller, when `update_every` is a fraction of an unknown number of steps
+
+
+def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, OIALRLinear]:
+    """The layers that have this adapter, by full module name in the base model, in module order."""
+    return {
+        module.name: module
+        for module in model.modules()
+        if isinstance(module, OIALRLinear) and module.has_adapter(adapter_name)
+    }
+
+
+class OIALRModel(BaseTuner):
+    """Replaces the target modules of a model by `OIALRLinear` layers.
+
+    Made by `peft.get_peft_model(model, OIALRConfig(...))`; not meant to be called directly.
+
+    Args:
+        model: the model to adapt; changed in place.
+        peft_config: the configuration, or a dictionary of them by adapter name.
+        adapter_name: name of the adapter.
+
+    Raises:
+        ValueError: a target is of an unsupported kind, shares its weight with another module, or the configuration does
+            not fit the adapters that the model already has.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = OIALRLinear
+    peft_config: dict[str, OIALRConfig]
+    # every architecture has the same default, see `_prepare_model`
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # ---- injection ---------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter into the model; see `BaseTuner.inject_adapter`."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if config.pretraining and config.inference_mode:
+            model.requires_grad_(False)
+        if not config.inference_mode:
+            _MissingControllerWatch(model, adapter_name, config)
+
+    def _check_new_adapter_config(self, config: OIALRConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if len(self.peft_config) > 1 and any(other.pretraining for other in self.peft_config.values()):
+            raise ValueError(
+                "`pretraining=True` releases the base weights, so such a model has exactly one adapter, but "
+                f"{sorted(self.peft_config)} were asked for. Load the base model again for a second one."
+            )
+
+    def _prepare_adapter_config(self, peft_config: OIALRConfig, model_config: dict[str, Any]) -> OIALRConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return peft_config
+
+    def _prepare_model(self, peft_config: OIALRConfig, model: nn.Module) -> None:
+        self._shared_weights = _shared_weights(model)
+        target = peft_config.target_modules
+        if isinstance(target, str) and target.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config.target_modules = set(_linear_modules_outside_the_head(model))  # type: ignore[assignment]
+            if not peft_config.inference_mode and not peft_config.pretraining:
+                _warn_about_untrained_head(model, peft_config)
+
+    def _create_and_replace(
+        self,
+        peft_config: OIALRConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            warnings.warn(
+                f"`{current_key}` is skipped: nn.MultiheadAttention reads the weight of its `out_proj` without calling "
+                "it, so an adapter there would have no effect.",
+                stacklevel=2,
+            )
+            return
+        if isinstance(target, OIALRLinear):
+            target.add_adapter(adapter_name, peft_config)
+            return
+        weight = (
+            target.get_base_layer().weight if isinstance(target, BaseTunerLayer) else getattr(target, "weight", None)
+        )
+        sharers = self._shared_weights.get(id(weight), [])
+        if sharers:
+            raise ValueError(
+                f"`{current_key}` shares its weight with another module ({', '.join(sharers)}), which would keep the "
+                "old weight. Leave it out with `exclude_modules`, or untie the weights (`tie_word_embeddings=False`)."
+            )
+        layer = OIALRLinear(target, current_key)
+        layer.add_adapter(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        if not any(self.peft_config[name].pretraining for name in self.active_adapters):
+            super()._mark_only_adapters_as_trainable(model)
+            return
+        # what the user froze (sinusoidal positions, for instance) stays frozen; the originals of wrapped modules would
+        # otherwise train beside their trained copies
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and hasattr(module, "original_module"):
+                module.original_module.requires_grad_(False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT makes new parameters when it casts, and all of them trainable
+        layers = adapter_layers(self.model, adapter_name).values()
+        trains = [layer.trained_parameter(adapter_name).requires_grad for layer in layers]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for layer, flag in zip(layers, trains):
+            layer.trained_parameter(adapter_name).requires_grad_(flag)
+            for container in (layer.oialr_u, layer.oialr_vh):
+                if adapter_name in container:
+                    container[adapter_name].requires_grad_(False)
+
+    # ---- what cannot work without base weights -----------------------------------------------------------------------
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters; see `BaseTuner.unload`."""
+        self._require_base("unload", "`merge_and_unload`")
+        return super().unload()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see `BaseTuner.delete_adapter`."""
+        if adapter_name in self.peft_config:
+            self._require_base("delete_adapter", "`merge_and_unload`")
+        super().delete_adapter(adapter_name)
+
+    def _require_base(self, what: str, remedy: str) -> None:
+        if any(config.pretraining for config in self.peft_config.values()):
+            raise RuntimeError(
+                f"`{what}` needs the base weights, but `pretraining=True` released them: the trained weights are the "
+                f"only ones. Use {remedy}."
+            )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`adapter_names` (a different adapter for each sample) is not supported by OIALR adapters. Call "
+                "`set_adapter` and run one batch per adapter."
+            )
+        yield
+
+    # ---- saving and loading ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: OIALRConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        layers = {
+            key: layer
+            for key, layer in model.named_modules()
+            if isinstance(layer, OIALRLinear) and layer.has_adapter(adapter_name)
+        }
+        ranks: dict[str, int] = {}
+        for key, layer in layers.items():
+            if layer.is_dense(adapter_name):
+                continue
+            rank = ranks[layer.name] = layer.rank(adapter_name)
+            # a masked layer is cut to its rank here
+            for name, cut in (("oialr_u", (None, rank)), ("oialr_sigma", (rank, rank)), ("oialr_vh", (rank, None))):
+                full_key = f"{key}.{name}.{adapter_name}"
+                if full_key in tensors:
+                    tensors[full_key] = tensors[full_key][: cut[0], : cut[1]].contiguous()
+        config.record_ranks(ranks)
+        if config.pretraining:
+            tensors.update(cls._untargeted_state_dict(model, layers, state_dict))
+        return tensors
+
+    @staticmethod
+    def _untargeted_state_dict(
+        model: nn.Module, layers: dict[str, OIALRLinear], state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Everything outside the adapter: embeddings, norms, biases, heads, buffers. Not the released base weights."""
+        released = {f"{key}.base_layer.weight" for key in layers}
+        wrapped = {key for key, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+        adapter = _get_tuner_state_dict_key_prefixes(model)
+        return {
+            key: value
+            for key, value in state_dict.items()
+            if key not in released and not _is_key_under_prefixes(key, wrapped | adapter)
+        }
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: OIALRConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # the layers must have the checkpoint's phases and ranks before PEFT looks which keys the model has
+        state_dict = dict(state_dict)
+        matched: list[tuple[OIALRLinear, dict[str, Tensor]]] = []
+        for key, layer in model.named_modules():
+            if isinstance(layer, OIALRLinear) and layer.has_adapter(adapter_name):
+                tensors = cls._tensors_of(key, state_dict)
+                if config.shrink == "mask" and not config.inference_mode and "oialr_sigma" in tensors:
+                    tensors = _padded(tensors, layer.full_rank[adapter_name])
+                    state_dict.update(
+                        {full: tensors[full.rpartition(".")[2]] for full in cls._keys_of(key, state_dict)}
+                    )
+                matched.append((layer, tensors))
+        for layer, tensors in matched:
+            if tensors:
+                layer.match_checkpoint(adapter_name, tensors)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @staticmethod
+    def _keys_of(module_key: str, state_dict: dict[str, Tensor]) -> list[str]:
+        names = ("oialr_weight", "oialr_u", "oialr_sigma", "oialr_vh")
+        prefixes = (module_key, f"base_model.model.{module_key}")
+        return [f"{prefix}.{name}" for prefix in prefixes for name in names if f"{prefix}.{name}" in state_dict]
+
+    @classmethod
+    def _tensors_of(cls, module_key: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key.rpartition(".")[2]: state_dict[key] for key in cls._keys_of(module_key, state_dict)}
+
+
+def _padded(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    pad = max(0, size - tensors["oialr_sigma"].shape[0])
+    widths = {"oialr_u": (0, pad), "oialr_sigma": (0, pad, 0, pad), "oialr_vh": (0, 0, 0, pad)}
+    return {name: F.pad(tensor, widths[name]) for name, tensor in tensors.items()}
+
+
+def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Full names of parameters that stand at more than one place of the model, by identity."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {key: found for key, found in names.items() if len(found) > 1}
+
+
+def _linear_modules_outside_the_head(model: nn.Module) -> list[str]:
+    """Every `nn.Linear` and `Conv1D`, except the head of a transformers model and the inside of other adapters."""
+    heads = tuple(f"{name}." for name in _head_names(model))
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, OIALRLinear))
+        and not f"{name}.".startswith(heads)
+        and not name.startswith(inside)
+    ]
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    """What a transformers model has around its base model, and its output embedding."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    heads = [name for name, child in model.named_children() if model.base_model not in (model, child)]
+    output = model.get_output_embeddings()
+    return heads + [name for name, module in model.named_modules() if output is not None and module is output]
+
+
+def _warn_about_untrained_head(model: nn.Module, config: OIALRConfig) -> None:
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is not None:
+        return
+    saved = set(config.modules_to_save or [])
+    untrained = [
+        name
+        for name in _head_names(model)
+        if name not in saved and any(True for _ in getattr(model, name).parameters())
+    ]
+    if untrained:
+        warnings.warn(
+            f"The head ({', '.join(untrained)}) is not a target and stays as it is. If it is new, pass "
+            f"`modules_to_save={untrained}` or a `task_type`, so that it trains.",
+            stacklevel=2,
+        )
+
+
+class _MissingControllerWatch:
+    """Warns once when an adapter trains for a whole check interval and nobody calls `OIALRController.step`.
+
+    It counts the steps of optimizers that train the adapter, by PyTorch's optimizer hook, until a controller has taken
+    over, the warning was given, or the model is gone.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, config: OIALRConfig) -> None:
+        self._model = weakref.ref(model)
+        self._adapter_name = adapter_name
+        self._interval = config.update_every if isinstance(config.update_every, int) else STEPS_UNTIL_WARNING
+        self._steps = 0
+        self._handle = register_optimizer_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        model = self._model()
+        layers = {} if model is None else adapter_layers(model, self._adapter_name)
+        layer = next(iter(layers.values()), None)
+        if layer is None or self._adapter_name in layer.controlled:
+            self._handle.remove()
+            return
+        trained = layer.trained_parameter(self._adapter_name)
+        if not any(parameter is trained for group in optimizer.param_groups for parameter in group["params"]):
+            return
+        self._steps += 1
+        if self._steps >= self._interval:
+            self._handle.remove()
+            warnings.warn(
+                f"The OIALR adapter `{self._adapter_name}` has trained for {self._steps} optimizer steps without a "
+                "controller: no layer is factored and no rank shrinks. Use OIALRTrainer, add OIALRCallback() to your "
+                "Trainer, or call OIALRController.step() after each optimizer step.",
+                stacklevel=2,
+            )

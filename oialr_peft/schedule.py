@@ -1,0 +1,81 @@
+"""When things happen: which steps are checks, which layers may be factored, which take part in a Σ update.
+
+Pure arithmetic on numbers; what happens then is in `controller.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# α·c·L and fraction·steps are products of decimal fractions: .1 * 3 * 10 is 3.0000000000000004 in binary, and its
+# ceiling must still be 3.
+_ROUNDING = 1e-9
+
+
+def steps_of(value: int | float, total_steps: int) -> int:
+    """Optimizer steps meant by `value`, as `TrainingArguments` reads them.
+
+    An int is a number of steps; a float in (0, 1) a fraction of `total_steps`, rounded up, at least 1.
+
+    >>> steps_of(100, 1000), steps_of(0.04, 1000), steps_of(0, 1000)
+    (100, 40, 0)
+    """
+    if isinstance(value, float) and 0 < value < 1:
+        return max(1, math.ceil(value * total_steps - _ROUNDING))
+    return int(value)
+
+
+def rank_of(value: int | float | None, full_rank: int) -> int:
+    """The rank meant by a count or a fraction of k = `full_rank`, rounded up, between 1 and k; `None` means k.
+
+    >>> rank_of(8, 64), rank_of(0.25, 64), rank_of(None, 64), rank_of(100, 64)
+    (8, 16, 64, 64)
+    """
+    if value is None:
+        return full_rank
+    if isinstance(value, float) and value < 1:
+        value = math.ceil(value * full_rank - _ROUNDING)
+    return max(1, min(full_rank, int(value)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The events of one run of `total_steps` optimizer steps.
+
+    Args:
+        total_steps: length of the run, ≥ 1.
+        delay: optimizer steps before which no layer is factored, ≥ 0.
+        update_every: ν, optimizer steps between two checks, ≥ 1.
+        layers_per_update: α in (0, 1], share of the layers added per Σ update, from the last one back.
+        threshold: Stability from which a dense layer is factored; `None` factors all of them at `delay`.
+    """
+
+    total_steps: int
+    delay: int
+    update_every: int
+    layers_per_update: float
+    threshold: float | None
+
+    def is_check(self, step: int) -> bool:
+        """Whether there is a check after optimizer step `step` (1, 2, …)."""
+        return step > 0 and step % self.update_every == 0
+
+    def freezes(self, step: int, stability: float | None) -> bool:
+        """Whether a dense layer with this Stability (`None`: no earlier basis) is factored in the check at `step`."""
+        if step < self.delay:
+            return False
+        if self.threshold is None:
+            return True
+        return stability is not None and stability >= self.threshold
+
+    def layers_due(self, update: int, layers: int) -> range:
+        """Indices of the layers, in module order, that take part in Σ update number `update` (1, 2, …).
+
+        The last ``min(L, ⌈α·c·L⌉)`` of L layers.
+
+        >>> list(Schedule(100, 0, 10, 0.1, None).layers_due(2, 10))
+        [8, 9]
+        """
+        due = min(layers, math.ceil(self.layers_per_update * update * layers - _ROUNDING))
+        return range(layers - due, layers)

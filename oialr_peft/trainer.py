@@ -1,0 +1,208 @@
+"""OIALR in the transformers `Trainer`: a mixin for any Trainer class, a ready Trainer, and a callback.
+
+The check belongs after the optimizer step, the scheduler step and `zero_grad`, before logging, evaluation and saving:
+that is the Trainer's event `on_step_end`. All three run the same `OIALRCallback`; the mixin adds what a callback cannot
+reach: logging at once, saving before the checkpoint is complete, resuming from any directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from oialr_peft.config import OIALRConfig
+from oialr_peft.controller import OIALRController, OIALRUpdate
+
+STATE_NAME = "oialr_state.safetensors"
+
+
+class OIALRCallback(TrainerCallback):
+    """Runs the method inside an unmodified `Trainer`, on one process.
+
+    The figures of a check are merged into the Trainer's next log entry; trackers that were registered before the
+    callback do not see them there. `OIALRTrainer` logs them at once, everywhere.
+
+    Args:
+        adapter_name: which adapter; `None` means the model's active one.
+
+    Attributes:
+        controller: the `OIALRController` of the current or last training, `None` before.
+
+    Raises:
+        ValueError: at the start of training, what `OIALRController` raises; when a resumed run has no saved state.
+    """
+
+    def __init__(self, adapter_name: str | None = None) -> None:
+        self.adapter_name = adapter_name
+        self.controller: OIALRController | None = None
+        self._unlogged: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the controller, and continue its state when the training was resumed."""
+        self.start(kwargs["model"], kwargs["optimizer"], state.max_steps)
+        if state.global_step > 0:
+            self.load(_resumed_checkpoint(args, state))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the optimizer step and keep the figures of a check for the next log entry."""
+        if self.step(kwargs["optimizer"]) is not None:
+            assert self.controller is not None
+            self._unlogged = self.controller.metrics()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the figures of the last check to the log entry being written."""
+        kwargs.get("logs", {}).update(self._unlogged)
+        if state.log_history:
+            state.log_history[-1].update(self._unlogged)
+        self._unlogged = {}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the controller's state into the checkpoint that was just saved."""
+        directory = _checkpoint_directory(args, state)
+        if not args.save_only_model and directory.is_dir():
+            self.save(directory)
+
+    def start(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+        """Make a controller for a training of `total_steps` optimizer steps."""
+        name = self.adapter_name or _active_adapter(model)
+        self.controller = OIALRController(model, optimizer, total_steps=total_steps, adapter_name=name)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> OIALRUpdate | None:
+        """One optimizer step; a step that the gradient scaler skipped does not count."""
+        assert self.controller is not None
+        # only Accelerate's optimizer knows of skipped steps
+        return None if getattr(optimizer, "step_was_skipped", False) else self.controller.step()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the controller's state to `directory`: tensors as safetensors, everything else as JSON in its header."""
+        assert self.controller is not None
+        state = self.controller.state_dict()
+        bases = {name: basis.contiguous().cpu() for name, basis in state.pop("bases").items()}
+        save_file(bases, Path(directory, STATE_NAME), metadata={"oialr": json.dumps(state)})
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """Continue from the state in `directory`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        assert self.controller is not None
+        file = Path(directory, STATE_NAME)
+        if not file.is_file():
+            raise ValueError(
+                f"The checkpoint `{directory}` has no {STATE_NAME}, so the schedule cannot be resumed. Resume from a "
+                "checkpoint that OIALRTrainer or OIALRCallback saved with `save_only_model=False`."
+            )
+        with safe_open(file, framework="pt") as stored:
+            state = json.loads(stored.metadata()["oialr"])
+            state["bases"] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (not a dict)
+        self.controller.load_state_dict(state)
+
+
+class _TrainerDrivenCallback(OIALRCallback):
+    """The callback as the mixin uses it: the Trainer itself logs, saves and resumes."""
+
+    def __init__(self, trainer: OIALRTrainerMixin) -> None:
+        super().__init__()
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.start(kwargs["model"], kwargs["optimizer"], state.max_steps)
+        if self._trainer._resumed_from is not None:
+            self.load(self._trainer._resumed_from)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.step(kwargs["optimizer"]) is not None:
+            assert self.controller is not None
+            self._trainer.log(self.controller.metrics())
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        pass
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        pass
+
+
+if TYPE_CHECKING:
+    _MixinBase = Trainer
+else:
+    _MixinBase = object
+
+
+class OIALRTrainerMixin(_MixinBase):
+    """Put in front of any Trainer class: ``class MyTrainer(OIALRTrainerMixin, SFTTrainer): ...``.
+
+    Needs a model with an OIALR adapter when training starts. Logs `oialr/trainable_percent`, `oialr/stability_mean`,
+    `oialr/rank_mean`, `oialr/frozen_layers` and `oialr/update_seconds` at every check, and saves the state of the
+    schedule with every checkpoint, so that a resumed run equals an uninterrupted one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resumed_from: str | None = None
+        self._oialr_callback = _TrainerDrivenCallback(self)
+        self.add_callback(self._oialr_callback)
+
+    @property
+    def oialr_controller(self) -> OIALRController | None:
+        """The controller of the current or last training; its `history` holds every check."""
+        return self._oialr_callback.controller
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.oialr_controller is not None:
+            self._oialr_callback.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._resumed_from = checkpoint
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._resumed_from = None
+        return super()._prepare_for_training(*args, **kwargs)
+
+
+class OIALRTrainer(OIALRTrainerMixin, Trainer):
+    """`transformers.Trainer` that runs the method: freezes bases by measured stability and prunes Σ while it trains.
+
+    Takes the arguments of `Trainer`; the model must have an OIALR adapter. Everything else is set in `OIALRConfig` and
+    `TrainingArguments`. Source of the method: arXiv 2401.08505.
+    """
+
+
+def _active_adapter(model: torch.nn.Module) -> str:
+    for module in model.modules():
+        for name, config in module.__dict__.get("peft_config", {}).items():
+            if isinstance(config, OIALRConfig):
+                active = module.__dict__.get("active_adapter", name)
+                return active if isinstance(active, str) else active[0]
+    raise ValueError(
+        "The model has no OIALR adapter, so there is nothing to train this way. Make one with "
+        "get_peft_model(model, OIALRConfig()) before the Trainer."
+    )
+
+
+def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
+
+
+def _resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer resumed from, which it does not tell callbacks: the checkpoint of this step in `output_dir`."""
+    directory = _checkpoint_directory(args, state)
+    if not directory.is_dir():
+        raise ValueError(
+            f"The training was resumed at step {state.global_step}, but `{directory}` does not exist. OIALRCallback "
+            "finds its state only there; use OIALRTrainer to resume from any directory."
+        )
+    return directory
