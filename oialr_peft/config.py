@@ -137,7 +137,7 @@ class OIALRConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = cast(PeftType, PeftType("OIALR"))
+        self.peft_type = PeftType("OIALR")
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = cast(Any, set(self.target_modules))
         if isinstance(self.exclude_modules, (list, tuple)):

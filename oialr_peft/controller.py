@@ -143,6 +143,11 @@ class OIALRController:
         self._report(update)
         return update
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps counted so far."""
+        return self._steps
+
     # ---- the two parts of a check ------------------------------------------------------------------------------------
 
     def _freeze_stable_layers(self, slots: OptimizerSlots) -> tuple[dict[str, float], list[str]]:

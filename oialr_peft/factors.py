@@ -256,7 +256,7 @@ def _svd(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
         u, singular_values, vh = torch.linalg.svd(matrix * scale, full_matrices=False)
         if bool(torch.isfinite(singular_values).all()):
             return u, singular_values / scale, vh
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     warnings.warn(f"The SVD of `{name}` did not converge; retrying through its Gram matrix in float64.", stacklevel=3)
     return _svd_by_gram(matrix)

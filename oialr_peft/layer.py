@@ -16,7 +16,7 @@ shards them. When a layer changes phase, and who decides that, is in `controller
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -141,10 +141,14 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         )
 
     def release_base(self) -> None:
-        """Free the base weight (pretraining): it is replaced by an empty tensor of the same dtype and device."""
+        """Free the base weight (pretraining): what is left is an empty buffer of the same dtype and device.
+
+        It is not part of `state_dict()`, and not a parameter.
+        """
         base = self.get_base_layer()
-        # straight into the dictionary: `init_empty_weights` would move an assigned parameter to the meta device
-        base._parameters["weight"] = nn.Parameter(base.weight.new_empty(0), requires_grad=False)
+        empty = self._base_weight().new_empty(0)
+        del base.weight
+        base.register_buffer("weight", empty, persistent=False)
         self.base_released = True
 
     # ---- phase and rank ----------------------------------------------------------------------------------------------
@@ -268,7 +272,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         replacing = sum(not self.residual[name] for name in active)
         if replacing == 1:
             first = next(name for name in active if not self.residual[name])
-            result = self._apply(x, first, self.get_base_layer().bias)
+            result = self._adapter_output(x, first, cast("Tensor | None", self.get_base_layer().bias))
             rest = [name for name in active if name != first]
         else:
             result = self.base_layer(x, *args, **kwargs)
@@ -276,10 +280,10 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
                 result = result - replacing * F.linear(x, self._base_matrix())
             rest = active
         for name in rest:
-            result = result + self._apply(x, name, None)
+            result = result + self._adapter_output(x, name, None)
         return result
 
-    def _apply(self, x: Tensor, adapter_name: str, bias: Tensor | None) -> Tensor:
+    def _adapter_output(self, x: Tensor, adapter_name: str, bias: Tensor | None) -> Tensor:
         trained = self.trained_parameter(adapter_name)
         inputs = self._cast_input_dtype(x, trained.dtype)
         if bias is not None and bias.dtype != trained.dtype:
@@ -307,7 +311,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
                 f"`{self.name}` has no base weight to compare with: `pretraining=True` released it. Use "
                 "`merge_and_unload`, which writes the adapter's own weight."
             )
-        base = self.get_base_layer().weight
+        base = self._base_weight()
         delta = self.adapter_weight(adapter_name).to(compute_dtype(base))
         if not self.residual[adapter_name]:
             delta = delta - self._unmerged_base_matrix().to(delta.dtype)
@@ -326,7 +330,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         new = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not new:
             return
-        base = self.get_base_layer()
+        base_weight = self._base_weight()
         merged = self._merged_matrix(self.merged_adapters + new)
         if safe_merge and not bool(torch.isfinite(merged).all()):
             raise ValueError(
@@ -334,12 +338,13 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
                 "would hold NaN or Inf. Go back to an earlier checkpoint."
             )
         if self._unmerged_weight is None:
-            self._unmerged_weight = base.weight.data
-        merged = (merged.T if self.transposed else merged).to(base.weight.dtype).contiguous()
+            self._unmerged_weight = base_weight.data
+        merged = (merged.T if self.transposed else merged).to(base_weight.dtype).contiguous()
         if self.base_released:
-            base._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+            del self.get_base_layer().weight
+            self.get_base_layer().weight = nn.Parameter(merged, requires_grad=False)
         else:
-            base.weight.data = merged
+            base_weight.data = merged
         self.merged_adapters.extend(new)
 
     def unmerge(self) -> None:
@@ -352,7 +357,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             self.release_base()
         else:
             assert self._unmerged_weight is not None
-            self.get_base_layer().weight.data = self._unmerged_weight
+            self._base_weight().data = self._unmerged_weight
         self._unmerged_weight = None
 
     def _merged_matrix(self, adapter_names: list[str]) -> Tensor:
@@ -368,13 +373,18 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             total = total + weight
         return total
 
+    def _base_weight(self) -> Tensor:
+        """The base layer's weight as it is stored: (m, n), or (n, m) in a `Conv1D`."""
+        return cast(Tensor, self.get_base_layer().weight)
+
     def _base_matrix(self) -> Tensor:
-        weight = self.get_base_layer().weight.data
+        weight = self._base_weight().detach()
         return weight.T if self.transposed else weight
 
     def _unmerged_base_matrix(self) -> Tensor:
-        weight = self.get_base_layer().weight.data if self._unmerged_weight is None else self._unmerged_weight
-        return weight.T if self.transposed else weight
+        if self._unmerged_weight is None:
+            return self._base_matrix()
+        return self._unmerged_weight.T if self.transposed else self._unmerged_weight
 
     # ---- PEFT's protocol ---------------------------------------------------------------------------------------------
 
@@ -391,7 +401,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # to the device only: PEFT's own version would also cast to the base dtype and unfreeze U and V
-        target = self.get_base_layer().weight.device if device is None else device
+        target = self._base_weight().device if device is None else device
         if target.type == "meta":
             return
         for container in (self.oialr_weight, self.oialr_u, self.oialr_sigma, self.oialr_vh):

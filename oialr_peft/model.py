@@ -18,8 +18,6 @@ from peft.tuners.tuners_utils import (
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -56,7 +54,7 @@ class OIALRModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = OIALRLinear
-    peft_config: dict[str, OIALRConfig]
+    peft_config: dict[str, OIALRConfig]  # type: ignore[assignment]
     # every architecture has the same default, see `_prepare_model`
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -69,9 +67,9 @@ class OIALRModel(BaseTuner):
         if config.pretraining and config.inference_mode:
             model.requires_grad_(False)
         if not config.inference_mode:
-            _MissingControllerWatch(model, adapter_name, config)
+            _MissingControllerWatch.attach(model, adapter_name, config)
 
-    def _check_new_adapter_config(self, config: OIALRConfig) -> None:
+    def _check_new_adapter_config(self, config: OIALRConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
         if len(self.peft_config) > 1 and any(other.pretraining for other in self.peft_config.values()):
             raise ValueError(
@@ -79,12 +77,12 @@ class OIALRModel(BaseTuner):
                 f"{sorted(self.peft_config)} were asked for. Load the base model again for a second one."
             )
 
-    def _prepare_adapter_config(self, peft_config: OIALRConfig, model_config: dict[str, Any]) -> OIALRConfig:
+    def _prepare_adapter_config(self, peft_config: OIALRConfig, model_config: dict[str, Any]) -> OIALRConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
             peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
         return peft_config
 
-    def _prepare_model(self, peft_config: OIALRConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: OIALRConfig, model: nn.Module) -> None:  # type: ignore[override]
         self._shared_weights = _shared_weights(model)
         target = peft_config.target_modules
         if isinstance(target, str) and target.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
@@ -92,7 +90,7 @@ class OIALRModel(BaseTuner):
             if not peft_config.inference_mode and not peft_config.pretraining:
                 _warn_about_untrained_head(model, peft_config)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: OIALRConfig,
         adapter_name: str,
@@ -140,14 +138,16 @@ class OIALRModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new parameters when it casts, and all of them trainable
-        layers = adapter_layers(self.model, adapter_name).values()
-        trains = [layer.trained_parameter(adapter_name).requires_grad for layer in layers]
+        layers = list(adapter_layers(self.model, adapter_name).values())
+        before = [layer.trained_parameter(adapter_name) for layer in layers]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        for layer, flag in zip(layers, trains):
-            layer.trained_parameter(adapter_name).requires_grad_(flag)
+        for layer, parameter in zip(layers, before):
+            layer.trained_parameter(adapter_name).requires_grad_(parameter.requires_grad)
             for container in (layer.oialr_u, layer.oialr_vh):
                 if adapter_name in container:
                     container[adapter_name].requires_grad_(False)
+        if layers and layers[0].trained_parameter(adapter_name) is not before[0]:
+            _MissingControllerWatch.attach(self.model, adapter_name, self.peft_config[adapter_name])
 
     # ---- what cannot work without base weights -----------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class OIALRModel(BaseTuner):
     # ---- saving and loading ------------------------------------------------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(
+    def _get_adapter_state_dict(  # type: ignore[override]
         cls,
         model: nn.Module,
         config: OIALRConfig,
@@ -225,7 +225,7 @@ class OIALRModel(BaseTuner):
         }
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: OIALRConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         # the layers must have the checkpoint's phases and ranks before PEFT looks which keys the model has
@@ -312,30 +312,37 @@ def _warn_about_untrained_head(model: nn.Module, config: OIALRConfig) -> None:
 class _MissingControllerWatch:
     """Warns once when an adapter trains for a whole check interval and nobody calls `OIALRController.step`.
 
-    It counts the steps of optimizers that train the adapter, by PyTorch's optimizer hook, until a controller has taken
-    over, the warning was given, or the model is gone.
+    A hook on one trained parameter, called when its gradient is ready. A new step began when the gradient is another
+    tensor than before, because it was cleared, or the parameter's version was raised by an update; accumulating
+    micro-batches does neither.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str, config: OIALRConfig) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, layer: OIALRLinear, adapter_name: str, config: OIALRConfig) -> None:
+        self._layer = layer
         self._adapter_name = adapter_name
         self._interval = config.update_every if isinstance(config.update_every, int) else STEPS_UNTIL_WARNING
         self._steps = 0
-        self._handle = register_optimizer_step_post_hook(self._after_step)
+        self._warned = False
+        self._last: tuple[weakref.ref[Tensor], int] | None = None  # gradient and version at the previous call
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        model = self._model()
-        layers = {} if model is None else adapter_layers(model, self._adapter_name)
-        layer = next(iter(layers.values()), None)
-        if layer is None or self._adapter_name in layer.controlled:
-            self._handle.remove()
+    @classmethod
+    def attach(cls, model: nn.Module, adapter_name: str, config: OIALRConfig) -> None:
+        """Watch the first layer of the adapter that trains, if any does."""
+        for layer in adapter_layers(model, adapter_name).values():
+            parameter = layer.trained_parameter(adapter_name)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(cls(layer, adapter_name, config))
+                return
+
+    def __call__(self, parameter: Tensor) -> None:
+        if self._warned or self._adapter_name in self._layer.controlled:
             return
-        trained = layer.trained_parameter(self._adapter_name)
-        if not any(parameter is trained for group in optimizer.param_groups for parameter in group["params"]):
-            return
-        self._steps += 1
+        assert parameter.grad is not None
+        if self._last is not None and (self._last[0]() is not parameter.grad or self._last[1] != parameter._version):
+            self._steps += 1
+        self._last = weakref.ref(parameter.grad), parameter._version
         if self._steps >= self._interval:
-            self._handle.remove()
+            self._warned = True
             warnings.warn(
                 f"The OIALR adapter `{self._adapter_name}` has trained for {self._steps} optimizer steps without a "
                 "controller: no layer is factored and no rank shrinks. Use OIALRTrainer, add OIALRCallback() to your "

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from oialr_peft.factors import compute_dtype
@@ -41,7 +41,7 @@ def transport_second(moment: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return transport_first(moment, p.square(), q.square())
 
 
-def transport_state(state: Mapping[str, Any], shape: torch.Size, p: Tensor, q: Tensor) -> dict[str, Any] | None:
+def transport_state(state: Mapping[str, Any], shape: Size, p: Tensor, q: Tensor) -> dict[str, Any] | None:
     """The optimizer state of ``Pᵀ X Q`` from that of X.
 
     Args:

@@ -12,6 +12,7 @@ from oialr_peft.controller import OIALRUpdate
 from oialr_peft.model import adapter_layers
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -139,7 +140,7 @@ def _colour(index: int, count: int) -> tuple[float, ...]:
     return colormaps["viridis"](index / max(1, count - 1))
 
 
-def _add_layer_scale(figure: Figure, axes: list[object], layers: int) -> None:
+def _add_layer_scale(figure: Figure, axes: list[Axes], layers: int) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 

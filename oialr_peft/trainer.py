@@ -125,7 +125,10 @@ class _TrainerDrivenCallback(OIALRCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.step(kwargs["optimizer"]) is not None:
             assert self.controller is not None
+            # `Trainer.log` clears the request to log the loss of this step
+            should_log = control.should_log
             self._trainer.log(self.controller.metrics())
+            control.should_log = should_log
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         pass
