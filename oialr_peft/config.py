@@ -197,6 +197,12 @@ class OIALRConfig(PeftConfig):
                 "`target_modules` must name at least one module, but is empty. Leave it out to target every linear "
                 "layer."
             )
+        layers: Any = self.layers_to_transform
+        if not (layers is None or _is_int(layers) or (isinstance(layers, (list, tuple)) and all(map(_is_int, layers)))):
+            raise ValueError(
+                f"`layers_to_transform` must be a layer index, a list of them or None, but is {layers!r}. Write [0, 1] "
+                "for the first two layers."
+            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"`layers_to_transform` must not be combined with a string in `target_modules` "

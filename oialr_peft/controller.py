@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr_peft.config import OIALRConfig
-from oialr_peft.factors import Factors, Rotation, factorize, polar_factor, rank_to_keep, rotate, rotation_of
+from oialr_peft.factors import Factors, Rotation, compute_dtype, factorize, rank_to_keep, rotate, rotation_of
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.model import adapter_layers
 from oialr_peft.moments import OptimizerSlots
@@ -115,12 +116,16 @@ class OIALRController:
     def step(self) -> OIALRUpdate | None:
         """Count one optimizer step; call it after the step, with gradients cleared.
 
+        A step that Accelerate's gradient scaler skipped does not count.
+
         Returns:
             The update, when this step was a check, else None.
 
         Raises:
             ValueError: a weight holds NaN or Inf; the message names the module.
         """
+        if isinstance(self.optimizer, AcceleratedOptimizer) and self.optimizer.step_was_skipped:
+            return None
         self._steps += 1
         if not self.schedule.is_check(self._steps):
             return None
@@ -158,21 +163,24 @@ class OIALRController:
             if not layer.is_dense(self.adapter_name):
                 continue
             weight = layer.oialr_weight[self.adapter_name]
-            basis = polar_factor(weight, name=name)
+            # one decomposition gives the basis U Vᵀ and, if the layer freezes, its factors
+            factors = factorize(weight.to(compute_dtype(weight)), name=name)
+            basis = factors.u @ factors.vh
             if name in self._bases:
                 measured[name] = stability_against(basis, self._bases[name], storage)
-            self._bases[name] = stored_basis(basis, storage)
             if self.schedule.freezes(self._steps, measured.get(name)):
-                self._factor(name, layer, slots)
+                self._freeze(name, layer, factors, slots)
                 frozen.append(name)
+            else:
+                self._bases[name] = stored_basis(basis, storage)
         return measured, frozen
 
-    def _factor(self, name: str, layer: OIALRLinear, slots: OptimizerSlots) -> None:
+    def _freeze(self, name: str, layer: OIALRLinear, factors: Factors, slots: OptimizerSlots) -> None:
         weight = layer.oialr_weight[self.adapter_name]
-        factors = factorize(weight, rank=layer.full_rank[self.adapter_name], name=name)
-        sigma = layer.set_factors(self.adapter_name, factors)
-        self._carry_state(slots, name, weight, sigma, factors.u, factors.vh.mT)
-        del self._bases[name]
+        kept = factors.cut(layer.full_rank[self.adapter_name])
+        sigma = layer.set_factors(self.adapter_name, kept)
+        self._carry_state(slots, name, weight, sigma, kept.u, kept.vh.mT)
+        self._bases.pop(name, None)
 
     def _update_sigma(self, slots: OptimizerSlots) -> dict[str, tuple[int, int]]:
         layers = list(self.layers.items())

@@ -41,6 +41,12 @@ class Factors(NamedTuple):
         product = self.u.to(dtype) @ self.sigma.to(dtype) @ self.vh.to(dtype)
         return product.to(self.sigma.dtype)
 
+    def cut(self, rank: int) -> Factors:
+        """Only the first `rank` directions."""
+        return Factors(
+            self.u[:, :rank].contiguous(), self.sigma[:rank, :rank].contiguous(), self.vh[:rank].contiguous()
+        )
+
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """float64 for float64 input, float32 for every narrower floating dtype."""
@@ -77,11 +83,7 @@ def factorize(weight: Tensor, *, rank: int | None = None, name: str = "weight") 
             f"but is {rank}. Choose a rank in that range, or None to keep all directions."
         )
     u, singular_values, vh = _svd(weight.to(compute_dtype(weight)), name)
-    return Factors(
-        u[:, :rank].to(weight.dtype).contiguous(),
-        torch.diag(singular_values[:rank]).to(weight.dtype),
-        vh[:rank].to(weight.dtype).contiguous(),
-    )
+    return Factors(u.to(weight.dtype), torch.diag(singular_values).to(weight.dtype), vh.to(weight.dtype)).cut(rank)
 
 
 def polar_factor(weight: Tensor, *, name: str = "weight") -> Tensor:
@@ -230,9 +232,7 @@ def truncate(factors: Factors, *, cutoff: float, max_rank_drop: float = 0.5, min
     if not torch.equal(factors.sigma, torch.diag(singular_values)) or bool((singular_values.diff() > 0).any()):
         raise ValueError("`factors.sigma` must be diagonal and descending. Call `rediagonalize` first.")
     kept = rank_to_keep(singular_values, cutoff=cutoff, max_rank_drop=max_rank_drop, min_rank=min_rank)
-    return Factors(
-        factors.u[:, :kept].contiguous(), factors.sigma[:kept, :kept].contiguous(), factors.vh[:kept].contiguous()
-    )
+    return factors.cut(kept)
 
 
 def _require_finite_matrix(matrix: Tensor, name: str) -> None:

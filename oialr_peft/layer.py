@@ -173,12 +173,9 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> Factors:
         """The factors in use, detached: u (m, r), sigma (r, r), vh (r, n), cut to the rank."""
-        rank = self.ranks[adapter_name]
-        return Factors(
-            self.oialr_u[adapter_name].detach()[:, :rank],
-            self.oialr_sigma[adapter_name].detach()[:rank, :rank],
-            self.oialr_vh[adapter_name].detach()[:rank],
-        )
+        containers = (self.oialr_u, self.oialr_sigma, self.oialr_vh)
+        stored = Factors(*(container[adapter_name].detach() for container in containers))
+        return stored.cut(self.ranks[adapter_name])
 
     def set_factors(self, adapter_name: str, factors: Factors, *, size: int | None = None) -> nn.Parameter:
         """Store `factors`, ending the dense phase if there was one, and return the parameter that now holds Σ.
@@ -187,14 +184,16 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         parameter that shrinks in place breaks the next backward.
 
         Args:
-            factors: u (m, r), sigma (r, r), vh (r, n).
+            factors: u (m, r), sigma (r, r), vh (r, n); cast to the dtype that the layer trains in.
             size: store them in tensors of this many directions ≥ r, the rest zero. Zero directions get zero gradients,
                 so they stay zero in training (``shrink="mask"``).
         """
         rank = factors.rank
         trains = True
         if self.has_adapter(adapter_name):
-            trains = self.trained_parameter(adapter_name).requires_grad
+            before = self.trained_parameter(adapter_name)
+            trains = before.requires_grad
+            factors = Factors(*(factor.to(before.dtype) for factor in factors))
         if self.is_dense(adapter_name):
             del self.oialr_weight[adapter_name]
         size = rank if size is None else size

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from oialr_peft.config import OIALRConfig
-from oialr_peft.controller import OIALRController, OIALRUpdate
+from oialr_peft.controller import OIALRController
+from oialr_peft.layer import OIALRLinear
 
 STATE_NAME = "oialr_state.safetensors"
 
@@ -54,8 +54,8 @@ class OIALRCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the optimizer step and keep the figures of a check for the next log entry."""
-        if self.step(kwargs["optimizer"]) is not None:
-            assert self.controller is not None
+        assert self.controller is not None
+        if self.controller.step() is not None:
             self._unlogged = self.controller.metrics()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -75,12 +75,6 @@ class OIALRCallback(TrainerCallback):
         """Make a controller for a training of `total_steps` optimizer steps."""
         name = self.adapter_name or _active_adapter(model)
         self.controller = OIALRController(model, optimizer, total_steps=total_steps, adapter_name=name)
-
-    def step(self, optimizer: torch.optim.Optimizer) -> OIALRUpdate | None:
-        """One optimizer step; a step that the gradient scaler skipped does not count."""
-        assert self.controller is not None
-        # only Accelerate's optimizer knows of skipped steps
-        return None if getattr(optimizer, "step_was_skipped", False) else self.controller.step()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the controller's state to `directory`: tensors as safetensors, everything else as JSON in its header."""
@@ -123,8 +117,8 @@ class _TrainerDrivenCallback(OIALRCallback):
             self.load(self._trainer._resumed_from)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.step(kwargs["optimizer"]) is not None:
-            assert self.controller is not None
+        assert self.controller is not None
+        if self.controller.step() is not None:
             # `Trainer.log` clears the request to log the loss of this step
             should_log = control.should_log
             self._trainer.log(self.controller.metrics())
@@ -186,10 +180,8 @@ class OIALRTrainer(OIALRTrainerMixin, Trainer):
 
 def _active_adapter(model: torch.nn.Module) -> str:
     for module in model.modules():
-        for name, config in module.__dict__.get("peft_config", {}).items():
-            if isinstance(config, OIALRConfig):
-                active = module.__dict__.get("active_adapter", name)
-                return active if isinstance(active, str) else active[0]
+        if isinstance(module, OIALRLinear) and module.active_adapters:
+            return module.active_adapters[0]
     raise ValueError(
         "The model has no OIALR adapter, so there is nothing to train this way. Make one with "
         "get_peft_model(model, OIALRConfig()) before the Trainer."

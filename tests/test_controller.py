@@ -253,11 +253,12 @@ def test_unknown_optimizer_state_is_reset_with_one_warning(make):
     model = get_peft_model(mlp(), OIALRConfig(freeze_when="delay", delay=5, update_every=5, cutoff=0.3))
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     controller = OIALRController(model, optimizer, total_steps=STEPS)
-    with pytest.warns(UserWarning, match="cannot follow a change of basis") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         train(model, optimizer, 5, controller)
         assert all(not optimizer.state.get(layer.oialr_sigma["default"]) for layer in controller.layers.values())
         train(model, optimizer, 15, controller)
-    assert len([w for w in caught if "change of basis" in str(w.message)]) == 1
+    assert len([w for w in caught if "cannot follow a change of basis" in str(w.message)]) == 1
 
 
 def test_biases_go_on_training_after_the_freeze():
