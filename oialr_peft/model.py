@@ -218,6 +218,8 @@ class OIALRModel(BaseTuner):
         released = {f"{key}.base_layer.weight" for key in layers}
         wrapped = {key for key, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
         adapter = _get_tuner_state_dict_key_prefixes(model)
+        # a tied weight is stored under each of its names: transformers' `load_adapter` replaces parameters one by one and
+        # does not tie them afterwards
         return {
             key: value
             for key, value in state_dict.items()
