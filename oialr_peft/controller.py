@@ -109,6 +109,7 @@ class OIALRController:
         self._reset_warned = False
         self._trained = {name: layer.trained_parameter(adapter_name) for name, layer in self.layers.items()}
         self._require_trained_by_optimizer()
+        self._require_finite()
         self._dense_total = self._count_dense_model()
         for layer in self.layers.values():
             layer.controlled[adapter_name] = True
@@ -296,6 +297,15 @@ class OIALRController:
                 f"The optimizer does not train {len(missing)} of {len(self.layers)} OIALR layers, such as "
                 f"`{missing[0]}`. Make the optimizer after the adapter, from the model's parameters."
             )
+
+    def _require_finite(self) -> None:
+        for name, parameter in self._trained.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise ValueError(
+                    f"The adapter's weight of `{name}` holds NaN or Inf. If its configuration was read from a saved "
+                    "adapter, load the weights too (PeftModel.from_pretrained), or set `rank_pattern` and "
+                    "`format_version` to None to start a new adapter."
+                )
 
     def _require_unchanged_parameters(self) -> None:
         for name, layer in self.layers.items():

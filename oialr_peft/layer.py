@@ -32,6 +32,32 @@ from oialr_peft.schedule import rank_of
 NOISE = 0.5  # of the weight's own scale, for `init_weights=False`
 
 
+def supported_module(module: nn.Module, name: str) -> nn.Linear | Conv1D:
+    """The linear module inside `module`, which may already carry adapters.
+
+    Args:
+        module: a target.
+        name: its full name, for the error message.
+
+    Raises:
+        ValueError: it is of another kind, or its weight is not a floating-point matrix.
+    """
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if not isinstance(inner, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"`target_modules` may name nn.Linear and transformers' Conv1D modules, but `{name}` is a "
+            f"{type(inner).__name__}. Leave it out, or list it in `exclude_modules`."
+        )
+    weight = inner.weight
+    released = isinstance(module, OIALRLinear) and module.base_released
+    if not released and (not weight.is_floating_point() or weight.ndim != 2):
+        raise ValueError(
+            f"The weight of `{name}` must be a floating-point matrix, but has dtype {weight.dtype} and shape "
+            f"{tuple(weight.shape)}. Quantized base layers are not supported; load the model without quantization."
+        )
+    return inner
+
+
 class OIALRLinear(nn.Module, BaseTunerLayer):
     """A linear module whose weight is trained dense, then as ``W = U Σ Vᵀ`` with frozen U, V.
 
@@ -61,12 +87,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
-        inner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
-        if not isinstance(inner, (nn.Linear, Conv1D)):
-            raise ValueError(
-                f"`target_modules` may name nn.Linear and transformers' Conv1D modules, but `{name}` is a "
-                f"{type(inner).__name__}. Leave it out, or list it in `exclude_modules`."
-            )
+        inner = supported_module(base_layer, name)
         self.base_layer = base_layer
         self.name = name
         self.transposed = isinstance(inner, Conv1D)
@@ -97,11 +118,6 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
                 "Load the base model again, or use `pretraining=False`."
             )
         weight = self._base_matrix()
-        if not weight.is_floating_point() or weight.ndim != 2:
-            raise ValueError(
-                f"The weight of `{self.name}` must be a floating-point matrix, but has dtype {weight.dtype} and shape "
-                f"{tuple(weight.shape)}. Quantized base layers are not supported; load the model without quantization."
-            )
         self.residual[adapter_name] = config.residual
         self.full_rank[adapter_name] = rank_of(config.init_rank, min(weight.shape))
         pattern = config.rank_pattern or {}
@@ -117,6 +133,10 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             self.release_base()
 
     def _add_dense(self, adapter_name: str, weight: Tensor, config: OIALRConfig) -> None:
+        if config.is_from_checkpoint:
+            # NaN as for factored layers, see `_placeholder_factors`
+            self.oialr_weight[adapter_name] = nn.Parameter(torch.full_like(weight, torch.nan).contiguous())
+            return
         # pretraining takes over the storage of the base weight instead of copying it
         dense = weight.contiguous() if config.pretraining else weight.clone(memory_format=torch.contiguous_format)
         if not config.init_weights:
@@ -223,18 +243,16 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             tensors: what the checkpoint holds for this layer, by ``"oialr_weight"``, ``"oialr_u"``, ….
 
         Raises:
-            ValueError: the tensors do not make a layer of this shape. The layer is then unchanged.
+            ValueError: as `check_checkpoint`. The layer is then unchanged.
         """
+        self.check_checkpoint(tensors)
         m, n = self.out_features, self.in_features
         reference = self.trained_parameter(adapter_name)
         if "oialr_weight" in tensors:
-            self._check_shapes(tensors, {"oialr_weight": (m, n)})
             if not self.is_dense(adapter_name):
                 self.set_dense(adapter_name, reference.new_empty(m, n))
             return
-        sigma = tensors.get("oialr_sigma")
-        size = sigma.shape[0] if sigma is not None and sigma.ndim == 2 else 0
-        self._check_shapes(tensors, {"oialr_u": (m, size), "oialr_sigma": (size, size), "oialr_vh": (size, n)})
+        size = tensors["oialr_sigma"].shape[0]
         if self.is_dense(adapter_name) or self.oialr_sigma[adapter_name].shape != (size, size):
             empty = Factors(reference.new_empty(m, size), reference.new_empty(size, size), reference.new_empty(size, n))
             self.set_factors(adapter_name, empty)
@@ -242,13 +260,21 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         used = int(tensors["oialr_vh"].abs().amax(dim=1).count_nonzero())
         self.ranks[adapter_name] = max(1, used)
 
-    def _check_shapes(self, tensors: dict[str, Tensor], expected: dict[str, tuple[int, int]]) -> None:
+    def check_checkpoint(self, tensors: dict[str, Tensor]) -> None:
+        """Whether a checkpoint's tensors make a layer of this shape, dense or factored.
+
+        Raises:
+            ValueError: they do not; the message says what the checkpoint holds.
+        """
+        m, n = self.out_features, self.in_features
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        size = expected.get("oialr_sigma", (1, 1))[0]
-        if found != expected or not 1 <= size <= min(self.out_features, self.in_features):
+        size = found.get("oialr_sigma", (0,))[0]
+        dense = {"oialr_weight": (m, n)}
+        factored = {"oialr_u": (m, size), "oialr_sigma": (size, size), "oialr_vh": (size, n)}
+        if found != dense and not (found == factored and 1 <= size <= min(m, n)):
             raise ValueError(
-                f"The checkpoint does not fit `{self.name}`, a layer of {self.out_features}×{self.in_features}: it "
-                f"holds {found or 'nothing for it'}. It was saved from another model, or is damaged."
+                f"The checkpoint does not fit `{self.name}`, a layer of {m}×{n}: it holds {found or 'nothing for it'}. "
+                "It was saved from another model, or is damaged."
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -338,7 +364,9 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             )
         if self._unmerged_weight is None:
             self._unmerged_weight = base_weight.data
-        merged = (merged.T if self.transposed else merged).to(base_weight.dtype).contiguous()
+        # a copy, so that training the adapter on does not change the base
+        merged = (merged.T if self.transposed else merged).to(base_weight.dtype)
+        merged = merged.clone(memory_format=torch.contiguous_format)
         if self.base_released:
             del self.get_base_layer().weight
             self.get_base_layer().weight = nn.Parameter(merged, requires_grad=False)
@@ -356,7 +384,8 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             self.release_base()
         else:
             assert self._unmerged_weight is not None
-            self._base_weight().data = self._unmerged_weight
+            # the module may have been cast or moved while it was merged
+            self._base_weight().data = self._unmerged_weight.to(self._base_weight())
         self._unmerged_weight = None
 
     def _merged_matrix(self, adapter_names: list[str]) -> Tensor:

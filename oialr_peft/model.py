@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.config import OIALRConfig
-from oialr_peft.layer import OIALRLinear
+from oialr_peft.layer import OIALRLinear, supported_module
 from oialr_peft.registration import PREFIX
 
 STEPS_UNTIL_WARNING = 100  # without a controller, when `update_every` is a fraction of an unknown number of steps
@@ -83,12 +83,16 @@ class OIALRModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: OIALRConfig, model: nn.Module) -> None:  # type: ignore[override]
-        self._shared_weights = _shared_weights(model)
         target = peft_config.target_modules
         if isinstance(target, str) and target.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             peft_config.target_modules = set(_linear_modules_outside_the_head(model))  # type: ignore[assignment]
             if not peft_config.inference_mode and not peft_config.pretraining:
                 _warn_about_untrained_head(model, peft_config)
+        # before anything is replaced, so that a refused target leaves the model as it was
+        shared = _shared_weights(model)
+        for name, module in model.named_modules():
+            if name and self._check_target_module_exists(peft_config, name):
+                _require_own_weight(supported_module(module, name).weight, name, shared)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -111,15 +115,6 @@ class OIALRModel(BaseTuner):
         if isinstance(target, OIALRLinear):
             target.add_adapter(adapter_name, peft_config)
             return
-        weight = (
-            target.get_base_layer().weight if isinstance(target, BaseTunerLayer) else getattr(target, "weight", None)
-        )
-        sharers = self._shared_weights.get(id(weight), [])
-        if sharers:
-            raise ValueError(
-                f"`{current_key}` shares its weight with another module ({', '.join(sharers)}), which would keep the "
-                "old weight. Leave it out with `exclude_modules`, or untie the weights (`tie_word_embeddings=False`)."
-            )
         layer = OIALRLinear(target, current_key)
         layer.add_adapter(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -242,9 +237,12 @@ class OIALRModel(BaseTuner):
                         {full: tensors[full.rpartition(".")[2]] for full in cls._keys_of(key, state_dict)}
                     )
                 matched.append((layer, tensors))
+        matched = [(layer, tensors) for layer, tensors in matched if tensors]
+        # all are checked before the first is changed
         for layer, tensors in matched:
-            if tensors:
-                layer.match_checkpoint(adapter_name, tensors)
+            layer.check_checkpoint(tensors)
+        for layer, tensors in matched:
+            layer.match_checkpoint(adapter_name, tensors)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @staticmethod
@@ -270,6 +268,14 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {key: found for key, found in names.items() if len(found) > 1}
+
+
+def _require_own_weight(weight: Tensor, name: str, shared: dict[int, list[str]]) -> None:
+    if id(weight) in shared:
+        raise ValueError(
+            f"`{name}` shares its weight with another module ({', '.join(shared[id(weight)])}), which would keep the "
+            "old weight. Leave it out with `exclude_modules`, or untie the weights (`tie_word_embeddings=False`)."
+        )
 
 
 def _linear_modules_outside_the_head(model: nn.Module) -> list[str]:
