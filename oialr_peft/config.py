@@ -138,11 +138,11 @@ class OIALRConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("OIALR")
+        self._check_modules()
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = cast(Any, set(self.target_modules))
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = cast(Any, set(self.exclude_modules))
-        self._check_modules()
         self._check_method()
         if self.delay is None:
             self.delay = 0 if self.residual else DEFAULT_DELAY
@@ -198,7 +198,7 @@ class OIALRConfig(PeftConfig):
                 "layer."
             )
         layers: Any = self.layers_to_transform
-        if not (layers is None or _is_int(layers) or (isinstance(layers, (list, tuple)) and all(map(_is_int, layers)))):
+        if not (layers is None or _is_index(layers) or _are_indices(layers)):
             raise ValueError(
                 f"`layers_to_transform` must be a layer index, a list of them or None, but is {layers!r}. Write [0, 1] "
                 "for the first two layers."
@@ -216,6 +216,19 @@ class OIALRConfig(PeftConfig):
             raise ValueError(
                 f"`layers_pattern` ({self.layers_pattern!r}) needs `layers_to_transform`, but that is None. Set both "
                 "or neither."
+            )
+        pattern = self.layers_pattern
+        if not (pattern is None or isinstance(pattern, str) or _is_collection_of(str, pattern)):
+            raise ValueError(
+                f"`layers_pattern` must be the name of a module list, a list of names or None, but is {pattern!r}. "
+                'Write "layers" for `model.layers.0`.'
+            )
+        tokens: Any = self.trainable_token_indices
+        by_module = tokens.items() if isinstance(tokens, dict) else [("", [] if tokens is None else tokens)]
+        if not all(isinstance(name, str) and _are_indices(indices) for name, indices in by_module):
+            raise ValueError(
+                "`trainable_token_indices` must be a list of token indices, a dict from embedding name to such a list, "
+                f"or None, but is {tokens!r}. Write [5, 6], or {{'embed_tokens': [5, 6]}}."
             )
         if not (self.modules_to_save is None or _is_collection_of(str, self.modules_to_save)):
             raise ValueError(
@@ -325,6 +338,14 @@ class OIALRConfig(PeftConfig):
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_index(value: Any) -> bool:
+    return _is_int(value) and value >= 0
+
+
+def _are_indices(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_index, value))
 
 
 def _is_count(value: Any) -> bool:

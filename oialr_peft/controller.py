@@ -23,13 +23,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oialr_peft.basis import stability_against, stored_basis
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, Rotation, compute_dtype, factorize, rank_to_keep, rotate, rotation_of
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.model import adapter_layers
 from oialr_peft.moments import OptimizerSlots
 from oialr_peft.schedule import Schedule, rank_of, steps_of
-from oialr_peft.stability import stability_against, stored_basis
 
 logger = logging.getLogger(__name__)
 

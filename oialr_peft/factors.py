@@ -83,6 +83,11 @@ def factorize(weight: Tensor, *, rank: int | None = None, name: str = "weight") 
             f"but is {rank}. Choose a rank in that range, or None to keep all directions."
         )
     u, singular_values, vh = _svd(weight.to(compute_dtype(weight)), name)
+    if singular_values[0] > torch.finfo(weight.dtype).max:
+        raise ValueError(
+            f"The largest singular value of `{name}` is {singular_values[0]:.3g}, too large for {weight.dtype}. Convert "
+            "the weight to float32 or bfloat16 first."
+        )
     return Factors(u.to(weight.dtype), torch.diag(singular_values).to(weight.dtype), vh.to(weight.dtype)).cut(rank)
 
 
@@ -254,12 +259,22 @@ def _svd(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
         # scaling by a power of two is exact and keeps the products of subnormal or huge entries in range
         scale = _power_of_two_scale(matrix)
         u, singular_values, vh = torch.linalg.svd(matrix * scale, full_matrices=False)
-        if bool(torch.isfinite(singular_values).all()):
+        if _is_finite(u, singular_values, vh):
             return u, singular_values / scale, vh
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     warnings.warn(f"The SVD of `{name}` did not converge; retrying through its Gram matrix in float64.", stacklevel=3)
-    return _svd_by_gram(matrix)
+    u, singular_values, vh = _svd_by_gram(matrix)
+    if not _is_finite(u, singular_values, vh):
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            f"Neither the SVD of `{name}` nor that of its Gram matrix gave finite factors. Move the model to another "
+            "device, or go back to an earlier checkpoint."
+        )
+    return u, singular_values, vh
+
+
+def _is_finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _power_of_two_scale(matrix: Tensor) -> float:

@@ -144,7 +144,9 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         self.oialr_weight[adapter_name] = nn.Parameter(dense)
 
     def _add_factored(self, adapter_name: str, weight: Tensor, rank: int, config: OIALRConfig) -> None:
-        factors = factorize(weight, rank=rank, name=self.name)
+        # in float32 also for a half-precision base, since PEFT raises adapters to float32 afterwards; when it does not,
+        # `OIALRModel` casts them down
+        factors = factorize(weight.to(compute_dtype(weight)), rank=rank, name=self.name)
         if config.residual:
             factors = factors._replace(sigma=torch.zeros_like(factors.sigma))
         if not config.init_weights:
@@ -166,7 +168,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         It is not part of `state_dict()`, and not a parameter.
         """
         base = self.get_base_layer()
-        empty = self._base_weight().new_empty(0)
+        empty = self.base_weight.new_empty(0)
         del base.weight
         base.register_buffer("weight", empty, persistent=False)
         self.base_released = True
@@ -336,7 +338,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
                 f"`{self.name}` has no base weight to compare with: `pretraining=True` released it. Use "
                 "`merge_and_unload`, which writes the adapter's own weight."
             )
-        base = self._base_weight()
+        base = self.base_weight
         delta = self.adapter_weight(adapter_name).to(compute_dtype(base))
         if not self.residual[adapter_name]:
             delta = delta - self._unmerged_base_matrix().to(delta.dtype)
@@ -355,7 +357,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         new = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not new:
             return
-        base_weight = self._base_weight()
+        base_weight = self.base_weight
         merged = self._merged_matrix(self.merged_adapters + new)
         if safe_merge and not bool(torch.isfinite(merged).all()):
             raise ValueError(
@@ -385,7 +387,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         else:
             assert self._unmerged_weight is not None
             # the module may have been cast or moved while it was merged
-            self._base_weight().data = self._unmerged_weight.to(self._base_weight())
+            self.base_weight.data = self._unmerged_weight.to(self.base_weight)
         self._unmerged_weight = None
 
     def _merged_matrix(self, adapter_names: list[str]) -> Tensor:
@@ -401,12 +403,13 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             total = total + weight
         return total
 
-    def _base_weight(self) -> Tensor:
+    @property
+    def base_weight(self) -> Tensor:
         """The base layer's weight as it is stored: (m, n), or (n, m) in a `Conv1D`."""
         return cast(Tensor, self.get_base_layer().weight)
 
     def _base_matrix(self) -> Tensor:
-        weight = self._base_weight().detach()
+        weight = self.base_weight.detach()
         return weight.T if self.transposed else weight
 
     def _unmerged_base_matrix(self) -> Tensor:
@@ -429,7 +432,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # to the device only: PEFT's own version would also cast to the base dtype and unfreeze U and V
-        target = self._base_weight().device if device is None else device
+        target = self.base_weight.device if device is None else device
         if target.type == "meta":
             return
         for container in (self.oialr_weight, self.oialr_u, self.oialr_sigma, self.oialr_vh):
@@ -437,6 +440,14 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
                 parameter = container[adapter_name]
                 moved = nn.Parameter(parameter.data.to(target), requires_grad=parameter.requires_grad)
                 container[adapter_name] = moved
+
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Give the adapter's parameters another dtype; what trains and what is frozen stays so."""
+        for container in (self.oialr_weight, self.oialr_u, self.oialr_sigma, self.oialr_vh):
+            if adapter_name in container and container[adapter_name].dtype != dtype:
+                parameter = container[adapter_name]
+                cast = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+                container[adapter_name] = cast
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether ΔW is available, which PEFT's conversion to LoRA starts from."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.config import OIALRConfig
+from oialr_peft.factors import compute_dtype
 from oialr_peft.layer import OIALRLinear, supported_module
 from oialr_peft.registration import PREFIX
 
@@ -90,8 +91,9 @@ class OIALRModel(BaseTuner):
                 _warn_about_untrained_head(model, peft_config)
         # before anything is replaced, so that a refused target leaves the model as it was
         shared = _shared_weights(model)
+        inside = _prefixes_inside_adapter_layers(model)
         for name, module in model.named_modules():
-            if name and self._check_target_module_exists(peft_config, name):
+            if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
                 _require_own_weight(supported_module(module, name).weight, name, shared)
 
     def _create_and_replace(  # type: ignore[override]
@@ -132,16 +134,14 @@ class OIALRModel(BaseTuner):
                 module.original_module.requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT makes new parameters when it casts, and all of them trainable
+        # ours first: PEFT's own version, which other layers may need, would make U and V trainable
         layers = list(adapter_layers(self.model, adapter_name).values())
-        before = [layer.trained_parameter(adapter_name) for layer in layers]
+        watched = [layer.trained_parameter(adapter_name) for layer in layers[:1]]
+        for layer in layers:
+            base = layer.base_weight
+            layer.cast_adapter(adapter_name, compute_dtype(base) if autocast_adapter_dtype else base.dtype)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        for layer, parameter in zip(layers, before):
-            layer.trained_parameter(adapter_name).requires_grad_(parameter.requires_grad)
-            for container in (layer.oialr_u, layer.oialr_vh):
-                if adapter_name in container:
-                    container[adapter_name].requires_grad_(False)
-        if layers and layers[0].trained_parameter(adapter_name) is not before[0]:
+        if layers and layers[0].trained_parameter(adapter_name) is not watched[0]:
             _MissingControllerWatch.attach(self.model, adapter_name, self.peft_config[adapter_name])
 
     # ---- what cannot work without base weights -----------------------------------------------------------------------
@@ -281,7 +281,7 @@ def _require_own_weight(weight: Tensor, name: str, shared: dict[int, list[str]])
 def _linear_modules_outside_the_head(model: nn.Module) -> list[str]:
     """Every `nn.Linear` and `Conv1D`, except the head of a transformers model and the inside of other adapters."""
     heads = tuple(f"{name}." for name in _head_names(model))
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    inside = _prefixes_inside_adapter_layers(model)
     return [
         name
         for name, module in model.named_modules()
@@ -289,6 +289,10 @@ def _linear_modules_outside_the_head(model: nn.Module) -> list[str]:
         and not f"{name}.".startswith(heads)
         and not name.startswith(inside)
     ]
+
+
+def _prefixes_inside_adapter_layers(model: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
 
 
 def _head_names(model: nn.Module) -> list[str]:
