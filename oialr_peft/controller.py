@@ -113,6 +113,8 @@ class OIALRController:
         self._dense_total = self._count_dense_model()
         for layer in self.layers.values():
             layer.controlled[adapter_name] = True
+        torch_optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        torch_optimizer.register_step_post_hook(self._after_optimizer_step)
 
     def step(self) -> OIALRUpdate | None:
         """Count one optimizer step; call it after the step, with gradients cleared.
@@ -148,6 +150,10 @@ class OIALRController:
         self.history.append(update)
         self._report(update)
         return update
+
+    def _after_optimizer_step(self, *_: Any) -> None:
+        for layer in self.layers.values():
+            layer.forget_products()
 
     @property
     def steps(self) -> int:

@@ -16,7 +16,7 @@ shards them. When a layer changes phase, and who decides that, is in `controller
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, compute_dtype, factorize
-from oialr_peft.ops import factored_linear
+from oialr_peft.ops import build, building_pays, built_linear, factored_linear, fold
 from oialr_peft.schedule import rank_of
 
 NOISE = 0.5  # of the weight's own scale, for `init_weights=False`
@@ -101,6 +101,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         self.ranks: dict[str, int] = {}
         self.controlled: dict[str, bool] = {}
         self.base_released = False
+        self._products: dict[tuple[str, str, torch.dtype], tuple[tuple[int, int], tuple[Tensor, ...]]] = {}
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
         self._disable_adapters = False
@@ -210,6 +211,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             size: store them in tensors of this many directions ≥ r, the rest zero. Zero directions get zero gradients,
                 so they stay zero in training (``shrink="mask"``).
         """
+        self.forget_products()
         rank = factors.rank
         trains = True
         if self.has_adapter(adapter_name):
@@ -228,6 +230,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     def set_dense(self, adapter_name: str, weight: Tensor) -> nn.Parameter:
         """Put the adapter (back) into the dense phase with this (m, n) weight, and return its parameter."""
+        self.forget_products()
         trains = True
         if self.has_adapter(adapter_name):
             trains = self.trained_parameter(adapter_name).requires_grad
@@ -280,6 +283,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.forget_products()
         # any `load_state_dict`, Accelerate's `load_state` included, may bring other phases and ranks than the model has
         for adapter_name in self._get_available_adapters():
             names = ("oialr_weight", "oialr_u", "oialr_sigma", "oialr_vh")
@@ -311,17 +315,73 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         return result
 
     def _adapter_output(self, x: Tensor, adapter_name: str, bias: Tensor | None) -> Tensor:
-        trained = self.trained_parameter(adapter_name)
-        inputs = self._cast_input_dtype(x, trained.dtype)
-        if bias is not None and bias.dtype != trained.dtype:
-            bias = bias.to(trained.dtype)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            # cast once here, so that every route, the custom function included, computes in the autocast dtype
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                return self._output_in(dtype, x.to(dtype), adapter_name, bias)
+        dtype = self.trained_parameter(adapter_name).dtype
+        inputs = self._cast_input_dtype(x, dtype)
+        result = self._output_in(dtype, inputs, adapter_name, bias)
+        return result if result.dtype == x.dtype else result.to(x.dtype)
+
+    def _output_in(self, dtype: torch.dtype, x: Tensor, adapter_name: str, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(dtype)
         if self.is_dense(adapter_name):
-            result = F.linear(inputs, trained, bias)
-        else:
-            factors = Factors(self.oialr_u[adapter_name], trained, self.oialr_vh[adapter_name])
-            result = factored_linear(inputs, factors, bias)
-        # under autocast the result already has the autocast dtype
-        return result if inputs.dtype == x.dtype else result.to(x.dtype)
+            return F.linear(x, self.oialr_weight[adapter_name].to(dtype), bias)
+        containers = (self.oialr_u, self.oialr_sigma, self.oialr_vh)
+        factors = Factors(*(container[adapter_name].to(dtype) for container in containers))
+        m, n, rank = self.out_features, self.in_features, factors.rank
+        if torch.compiler.is_compiling():
+            return factored_linear(x, factors, bias)
+        if torch.is_grad_enabled() and (x.requires_grad or factors.sigma.requires_grad):
+            if not building_pays(m, n, rank, x.numel() // n):
+                return factored_linear(x, factors, bias)
+            return built_linear(x, factors, self._product("built", adapter_name, dtype)[0], bias)
+        if not self._may_keep_products(adapter_name):
+            return factored_linear(x, factors, bias)
+        if (m + n) * rank < m * n:
+            left, right = self._product("folded", adapter_name, dtype)
+            return F.linear(F.linear(x, right), left, bias)
+        return F.linear(x, self._product("built", adapter_name, dtype)[0], bias)
+
+    def _product(self, kind: str, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The built weight or the folded pair in `dtype`, kept until the factors change if that will be noticed."""
+        sigma = self.oialr_sigma[adapter_name]
+        key = kind, adapter_name, dtype
+        version = id(sigma), sigma._version
+        kept = self._products.get(key)
+        if kept is not None and kept[0] == version:
+            return kept[1]
+        factors = Factors(self.oialr_u[adapter_name], sigma, self.oialr_vh[adapter_name])
+        multiplied = (build(factors),) if kind == "built" else fold(factors)
+        product = tuple(tensor.to(dtype) for tensor in multiplied)
+        if self._may_keep_products(adapter_name):
+            self._products[key] = version, product
+        return product
+
+    def _may_keep_products(self, adapter_name: str) -> bool:
+        # a fused optimizer changes Σ without raising its version; a controller is told of every optimizer step
+        return adapter_name in self.controlled or not self.oialr_sigma[adapter_name].requires_grad
+
+    def forget_products(self) -> None:
+        """Drop the products of factors that are kept between calls, because a factor changed, or to free memory."""
+        self._products.clear()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; see `nn.Module.train`."""
+        self.forget_products()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        # casts and moves
+        self.forget_products()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copies and pickles start without products
+        return {**super().__getstate__(), "_products": {}}
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 
@@ -443,6 +503,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Give the adapter's parameters another dtype; what trains and what is frozen stays so."""
+        self.forget_products()
         for container in (self.oialr_weight, self.oialr_u, self.oialr_sigma, self.oialr_vh):
             if adapter_name in container and container[adapter_name].dtype != dtype:
                 parameter = container[adapter_name]

@@ -7,9 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from oialr_peft import Factors, factorize
-from oialr_peft.ops import factored_linear
+from oialr_peft.ops import (
+    build,
+    build_cost,
+    building_pays,
+    built_cost,
+    built_linear,
+    chain_cost,
+    factored_linear,
+    fold,
+    narrow_cost,
+    wide_cost,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -92,3 +104,95 @@ def test_the_dtype_of_the_inputs_is_the_dtype_of_the_result():
     for dtype in (torch.float32, torch.bfloat16):
         factors = Factors(*(tensor.detach().to(dtype) for tensor in trained_factors(5, 4, 2)))
         assert factored_linear(torch.randn(3, 4, dtype=dtype), factors).dtype == dtype
+
+
+# ---- the built route -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(4,), (2, 3), (40,)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (9, 8, 8), (8, 9, 7)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_built_route_equals_the_chain_in_value_and_gradient(shape, batch, with_bias):
+    m, n, rank = shape
+    factors = trained_factors(m, n, rank)
+    bias = torch.randn(m).requires_grad_() if with_bias else None
+    x = torch.randn(*batch, n).requires_grad_()
+    inputs = [x, factors.sigma] + ([bias] if with_bias else [])
+    chain = factored_linear(x, factors, bias)
+    built = built_linear(x, factors, build(factors), bias)
+    assert_close(built, chain)
+    upstream = torch.randn_like(chain)
+    assert_close(torch.autograd.grad(built, inputs, upstream), torch.autograd.grad(chain, inputs, upstream))
+
+
+@pytest.mark.parametrize("tokens", [2, 60])
+def test_both_sides_of_the_gradient_pass_autograds_numerical_check(tokens):
+    m, n, rank = 5, 4, 4
+    sides = narrow_cost(m, n, rank, tokens) <= wide_cost(m, n, rank, tokens)
+    assert sides == (tokens == 2)
+    factors = trained_factors(m, n, rank)
+    x, bias = torch.randn(tokens, n).requires_grad_(), torch.randn(m).requires_grad_()
+
+    def output(x: Tensor, sigma: Tensor, bias: Tensor) -> Tensor:
+        moved = factors._replace(sigma=sigma)
+        return built_linear(x, moved, build(moved), bias)
+
+    assert torch.autograd.gradcheck(output, (x, factors.sigma, bias))
+
+
+def test_the_built_route_refuses_a_second_derivative_instead_of_getting_it_wrong():
+    factors = trained_factors(5, 4, 4)
+    x = torch.randn(3, 4).requires_grad_()
+    output = built_linear(x, factors, build(factors))
+    (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_the_chain_has_exact_second_derivatives():
+    factors = trained_factors(4, 3, 2)
+    x = torch.randn(2, 3).requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda x, sigma: factored_linear(x, factors._replace(sigma=sigma)), (x, factors.sigma)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_building_and_folding_give_the_weight(shape):
+    factors = trained_factors(*shape)
+    assert_close(build(factors), factors.weight().detach())
+    left, right = fold(factors)
+    assert_close(left @ right, factors.weight().detach())
+    assert left.shape[1] == right.shape[0] == shape[2]
+
+
+def counted(run) -> int:
+    """Multiply-adds that PyTorch counts."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("tokens", [8, 200])
+@pytest.mark.parametrize("shape", [(24, 24, 6), (24, 24, 24), (48, 12, 12), (12, 48, 9)], ids=str)
+def test_the_cost_model_is_what_pytorch_counts(shape, tokens):
+    m, n, rank = shape
+    factors = trained_factors(m, n, rank)
+    x = torch.randn(tokens, n).requires_grad_()
+    assert counted(lambda: factored_linear(x, factors).sum().backward()) == chain_cost(m, n, rank, tokens)
+    assert counted(lambda: build(factors)) == build_cost(m, n, rank)
+    assert counted(lambda: built_linear(x, factors, build(factors)).sum().backward()) == built_cost(m, n, rank, tokens)
+
+
+def test_building_pays_only_near_full_rank():
+    ranks = range(1, 769)
+    square = [rank / 768 for rank in ranks if building_pays(768, 768, rank, 100_000)]
+    assert min(square) == pytest.approx(0.535, abs=0.01)
+    wide = [rank / 768 for rank in ranks if building_pays(3072, 768, rank, 100_000)]
+    assert min(wide) == pytest.approx(0.94, abs=0.01)
+    assert not any(building_pays(768, 768, rank, 16) for rank in ranks)
+
+
+def test_a_full_rank_layer_costs_little_more_than_a_dense_one():
+    n, tokens = 768, 100_000
+    assert built_cost(n, n, n, tokens) < 1.02 * 3 * tokens * n * n
