@@ -1,0 +1,49 @@
+# Everything that people and CI run. Each target makes the virtual environment first if there is none.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGE := oialr_peft
+SOURCES := $(PACKAGE) tests examples
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types doctest test-fast test-slow clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## train dense and OIALR side by side on real data, and compare them
+	$(BIN)/python examples/01_image_classification.py
+
+test: lint types doctest test-fast test-slow  ## everything below, in order
+
+lint: $(STAMP)  ## format check and lint
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+format: $(STAMP)  ## format, and fix what lint can fix
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+types: $(STAMP)  ## type check
+	$(BIN)/mypy
+
+doctest: $(STAMP)  ## examples in docstrings
+	$(BIN)/python -m pytest --doctest-modules $(PACKAGE)
+
+test-fast: $(STAMP)  ## tests of at most a few seconds
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(STAMP)  ## the long tests: PEFT's own suite, the examples in full
+	$(BIN)/python tests/fetch_peft_tests.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+
+clean:  ## remove the virtual environment and everything generated
+	rm -rf $(VENV) .cache runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(STAMP): pyproject.toml setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; run: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
