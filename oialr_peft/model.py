@@ -123,6 +123,14 @@ class OIALRModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, OIALRLinear):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # unloading: the module has its own weights. PEFT's version would assign it the tensor that a wrapper for
+            # trainable tokens shows as its weight
+            setattr(parent, child_name, new_module)
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         if not any(self.peft_config[name].pretraining for name in self.active_adapters):
             super()._mark_only_adapters_as_trainable(model)
