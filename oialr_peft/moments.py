@@ -29,6 +29,7 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
 def transport_first(moment: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """``Pᵀ M Q``: moment (m, n), p (m, r), q (n, r) → (r, r), in at least float32, returned in the moment's dtype.
 
+    >>> import torch
     >>> transport_first(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.eye(2)[:, 1:], torch.eye(2)[:, 1:])
     tensor([[2.]])
     """
