@@ -138,7 +138,7 @@ class OIALRModel(BaseTuner):
         # what the user froze (sinusoidal positions, for instance) stays frozen; the originals of wrapped modules would
         # otherwise train beside their trained copies
         for module in model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper) and hasattr(module, "original_module"):
+            if isinstance(module, AuxiliaryTrainingWrapper):
                 module.original_module.requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
