@@ -101,7 +101,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         self.ranks: dict[str, int] = {}
         self.controlled: dict[str, bool] = {}
         self.base_released = False
-        self._products: dict[tuple[str, str, torch.dtype], tuple[tuple[int, int], tuple[Tensor, ...]]] = {}
+        self._products: dict[tuple[str, str, torch.dtype, bool], tuple[tuple[int, int], tuple[Tensor, ...]]] = {}
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
         self._disable_adapters = False
@@ -349,7 +349,8 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
     def _product(self, kind: str, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The built weight or the folded pair in `dtype`, kept until the factors change if that will be noticed."""
         sigma = self.oialr_sigma[adapter_name]
-        key = kind, adapter_name, dtype
+        # tensors made in inference mode cannot be used where gradients are recorded
+        key = kind, adapter_name, dtype, torch.is_inference_mode_enabled()
         version = id(sigma), sigma._version
         kept = self._products.get(key)
         if kept is not None and kept[0] == version:

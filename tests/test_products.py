@@ -124,6 +124,16 @@ def test_a_change_of_the_factors_is_noticed_in_evaluation(change):
         assert_close(model(x), expected(model, x))
 
 
+def test_inference_mode_leaves_nothing_behind_that_training_cannot_use():
+    model, _, _ = adapted()
+    x = torch.randn(400, 12)
+    with torch.inference_mode():
+        model(x)
+    assert layer_of(model)._products
+    model(x).square().mean().backward()
+    assert layer_of(model).oialr_sigma["default"].grad.isfinite().all()
+
+
 def test_changing_the_mode_frees_the_products():
     model, _, _ = adapted()
     model.eval()
