@@ -52,8 +52,8 @@ class OIALRConfig(PeftConfig):
             paper's rule alone, is available in this release.
         max_rank_drop: largest share of a rank lost in one update, in (0, 1].
         min_rank: floor of the rank.
-        stability_storage: what is kept of the last basis: `"full"` (exact), `"bf16"`, `"cpu"`, or `"sketch"` (its
-            product with 32 random ±1 columns).
+        stability_storage: what is kept of the last basis: `"sketch"` (its product with 32 random ±1 columns; Stability
+            is then off by about .002, which the decision to freeze allows for), `"bf16"`, `"cpu"`, or `"full"` (exact).
         init_weights: `False` makes a fresh adapter differ from the base model (for tests).
         shrink: `"physical"` makes the tensors smaller when the rank falls; `"mask"` keeps their shapes during training
             and cuts them when the adapter is saved.
@@ -120,7 +120,7 @@ class OIALRConfig(PeftConfig):
     max_rank_drop: float = field(default=0.5, metadata={"help": "Largest share of a rank lost in one update."})
     min_rank: int | float = field(default=0.01, metadata={"help": "Floor of the rank: count, or fraction of k."})
     stability_storage: str = field(
-        default="full", metadata={"help": 'What is kept of the last basis: "full", "bf16", "cpu" or "sketch".'}
+        default="sketch", metadata={"help": 'What is kept of the last basis: "sketch", "bf16", "cpu" or "full".'}
     )
     init_weights: bool = field(
         default=True, metadata={"help": "False makes a fresh adapter differ from the base model (for tests)."}

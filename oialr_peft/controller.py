@@ -20,12 +20,21 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
-from oialr_peft.basis import stability_against, stored_basis
+from oialr_peft.basis import kept_of, stability_error, stability_of_kept
 from oialr_peft.config import OIALRConfig
-from oialr_peft.factors import Factors, Rotation, compute_dtype, factorize, rank_to_keep, rotate, rotation_of
+from oialr_peft.decompositions import Decomposition, decompose
+from oialr_peft.factors import (
+    Factors,
+    Rotation,
+    bounded_rank,
+    count_above,
+    factors_of,
+    require_finite,
+    rotate,
+)
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.model import adapter_layers
 from oialr_peft.moments import OptimizerSlots
@@ -134,10 +143,11 @@ class OIALRController:
             return None
         started = time.perf_counter()
         self._require_unchanged_parameters()
-        with torch.no_grad():
+        require_finite(self._trained)
+        with torch.no_grad(), torch.autocast(next(iter(self._trained.values())).device.type, enabled=False):
             slots = OptimizerSlots(self.optimizer)
             stability, frozen = self._freeze_stable_layers(slots)
-            ranks = self._update_sigma(slots)
+            ranks = self._update_sigma(slots, frozen)
         update = OIALRUpdate(
             self._steps,
             stability,
@@ -164,54 +174,94 @@ class OIALRController:
 
     def _freeze_stable_layers(self, slots: OptimizerSlots) -> tuple[dict[str, float], list[str]]:
         measured: dict[str, float] = {}
-        frozen: list[str] = []
-        storage = self.config.stability_storage
-        for name, layer in self.layers.items():
-            if not layer.is_dense(self.adapter_name):
-                continue
-            weight = layer.oialr_weight[self.adapter_name]
-            # one decomposition gives the basis U Vᵀ and, if the layer freezes, its factors
-            factors = factorize(weight.to(compute_dtype(weight)), name=name)
-            basis = factors.u @ factors.vh
-            if name in self._bases:
-                measured[name] = stability_against(basis, self._bases[name], storage)
-            if self.schedule.freezes(self._steps, measured.get(name)):
-                self._freeze(name, layer, factors, slots)
-                frozen.append(name)
-            else:
-                self._bases[name] = stored_basis(basis, storage)
-        return measured, frozen
+        frozen: set[str] = set()
+        weights = {
+            name: layer.oialr_weight[self.adapter_name].detach()
+            for name, layer in self.layers.items()
+            if layer.is_dense(self.adapter_name)
+        }
+        for decompositions in decompose(list(weights.items())):
+            measured |= self._compare_and_keep_bases(decompositions)
+            for decomposition in decompositions:
+                name = decomposition.name
+                if self._freezes(measured.get(name), decomposition.shape):
+                    self._freeze(decomposition, slots)
+                    frozen.add(name)
+        in_order = [name for name in self.layers if name in weights]
+        return (
+            {name: measured[name] for name in in_order if name in measured},
+            [name for name in in_order if name in frozen],
+        )
 
-    def _freeze(self, name: str, layer: OIALRLinear, factors: Factors, slots: OptimizerSlots) -> None:
+    def _compare_and_keep_bases(self, decompositions: list[Decomposition]) -> dict[str, float]:
+        """Stability of those that have an earlier basis; the host waits once for all of them."""
+        storage = self.config.stability_storage
+        values: dict[str, Tensor] = {}
+        for decomposition in decompositions:
+            name = decomposition.name
+            kept = kept_of(decomposition, storage, self._trained[name])
+            if name in self._bases:
+                values[name] = stability_of_kept(kept, self._bases[name], decomposition.shape, storage)
+            self._bases[name] = kept
+        if not values:
+            return {}
+        measured = torch.stack(list(values.values())).tolist()
+        return {name: min(1.0, max(-1.0, value)) for name, value in zip(values, measured, strict=True)}
+
+    def _freezes(self, measured: float | None, shape: Size) -> bool:
+        if measured is not None:
+            # a sketched value may be too high by chance; two standard deviations are given away
+            measured -= 2 * stability_error(measured, shape, self.config.stability_storage)
+        return self.schedule.freezes(self._steps, measured)
+
+    def _freeze(self, decomposition: Decomposition, slots: OptimizerSlots) -> None:
+        name = decomposition.name
+        layer = self.layers[name]
         weight = layer.oialr_weight[self.adapter_name]
-        kept = factors.cut(layer.full_rank[self.adapter_name])
-        sigma = layer.set_factors(self.adapter_name, kept)
+        kept = decomposition.svd().cut(layer.full_rank[self.adapter_name])
+        sigma = layer.set_factors(self.adapter_name, factors_of(kept, kept.s.dtype))
         self._carry_state(slots, name, weight, sigma, kept.u, kept.vh.mT)
         self._bases.pop(name, None)
 
-    def _update_sigma(self, slots: OptimizerSlots) -> dict[str, tuple[int, int]]:
+    def _update_sigma(self, slots: OptimizerSlots, frozen: list[str]) -> dict[str, tuple[int, int]]:
         layers = list(self.layers.items())
         if all(layer.is_dense(self.adapter_name) for _, layer in layers):
             return {}
         self._sigma_updates += 1
         due = [layers[index] for index in self.schedule.layers_due(self._sigma_updates, len(layers))]
-        return {
-            name: self._rotate_and_cut(name, layer, slots)
-            for name, layer in due
-            if not layer.is_dense(self.adapter_name)
+        cores = {
+            name: layer.factors(self.adapter_name).sigma for name, layer in due if not layer.is_dense(self.adapter_name)
         }
+        fresh = [name for name in frozen if name in cores]
+        # just factored: diagonal and descending already
+        rotations = [(name, Rotation.identity(cores.pop(name).diagonal())) for name in fresh]
+        ranks = self._rotate_and_cut(rotations, slots)
+        for decompositions in decompose(list(cores.items())):
+            found = [(decomposition.name, decomposition.svd()) for decomposition in decompositions]
+            ranks |= self._rotate_and_cut([(name, Rotation(svd.u, svd.s, svd.vh.mT)) for name, svd in found], slots)
+        return {name: ranks[name] for name, _ in due if name in ranks}
 
-    def _rotate_and_cut(self, name: str, layer: OIALRLinear, slots: OptimizerSlots) -> tuple[int, int]:
-        factors = layer.factors(self.adapter_name)
-        rotation = rotation_of(factors.sigma, name=name)
-        kept = rank_to_keep(
-            rotation.singular_values,
-            cutoff=self.config.cutoff,
-            max_rank_drop=self.config.max_rank_drop,
-            min_rank=rank_of(self.config.min_rank, min(layer.out_features, layer.in_features)),
-        )
-        self._store_rotated(name, layer, slots, rotate(factors, rotation.cut(kept)), rotation.cut(kept))
-        return factors.rank, kept
+    def _rotate_and_cut(
+        self, rotations: list[tuple[str, Rotation]], slots: OptimizerSlots
+    ) -> dict[str, tuple[int, int]]:
+        """Ranks before and after; the host waits once for all of them."""
+        if not rotations:
+            return {}
+        counts = torch.stack([count_above(rotation.singular_values, self.config.cutoff) for _, rotation in rotations])
+        ranks: dict[str, tuple[int, int]] = {}
+        for (name, rotation), above in zip(rotations, counts.tolist(), strict=True):
+            layer = self.layers[name]
+            factors = layer.factors(self.adapter_name)
+            kept = bounded_rank(
+                above,
+                factors.rank,
+                max_rank_drop=self.config.max_rank_drop,
+                min_rank=rank_of(self.config.min_rank, min(layer.out_features, layer.in_features)),
+            )
+            cut = rotation.cut(kept)
+            self._store_rotated(name, layer, slots, rotate(factors, cut), cut)
+            ranks[name] = factors.rank, kept
+        return ranks
 
     def _store_rotated(
         self, name: str, layer: OIALRLinear, slots: OptimizerSlots, factors: Factors, rotation: Rotation

@@ -16,6 +16,7 @@ shards them. When a layer changes phase, and who decides that, is in `controller
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -56,6 +57,14 @@ def supported_module(module: nn.Module, name: str) -> nn.Linear | Conv1D:
             f"{tuple(weight.shape)}. Quantized base layers are not supported; load the model without quantization."
         )
     return inner
+
+
+def initial_rank(config: OIALRConfig, name: str, shape: Sequence[int]) -> int | None:
+    """The rank with which a layer of this name and (m, n) shape starts; `None` when it starts dense."""
+    pattern = config.rank_pattern or {}
+    if name not in pattern and (config.is_from_checkpoint or not config.starts_factored):
+        return None
+    return rank_of(pattern.get(name, rank_of(config.init_rank, min(shape))), min(shape))
 
 
 class OIALRLinear(nn.Module, BaseTunerLayer):
@@ -108,10 +117,15 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     # ---- creation ----------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, adapter_name: str, config: OIALRConfig) -> None:
+    def add_adapter(self, adapter_name: str, config: OIALRConfig, factors: Factors | None = None) -> None:
         """Give the layer a new adapter: dense or factored, as `config` says.
 
         No decomposition is computed when weights will follow from a checkpoint, or on the meta device.
+
+        Args:
+            adapter_name: what the adapter is called.
+            config: its settings.
+            factors: of the base weight, at the rank of `initial_rank`, if they were computed before.
         """
         if self.base_released:
             raise ValueError(
@@ -121,15 +135,16 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         weight = self._base_matrix()
         self.residual[adapter_name] = config.residual
         self.full_rank[adapter_name] = rank_of(config.init_rank, min(weight.shape))
-        pattern = config.rank_pattern or {}
-        factored = self.name in pattern or (config.starts_factored and not config.is_from_checkpoint)
-        rank = rank_of(pattern.get(self.name, self.full_rank[adapter_name]), min(weight.shape))
-        if not factored:
+        rank = initial_rank(config, self.name, weight.shape)
+        if rank is None:
             self._add_dense(adapter_name, weight, config)
-        elif config.is_from_checkpoint or weight.is_meta or _parameters_become_meta():
+        elif config.is_from_checkpoint or weight.is_meta or parameters_become_meta():
             self.set_factors(adapter_name, self._placeholder_factors(weight, rank))
         else:
-            self._add_factored(adapter_name, weight, rank, config)
+            # in float32 also for a half-precision base, since PEFT raises adapters to float32 afterwards; when it does
+            # not, `OIALRModel` casts them down
+            given = factors or factorize(weight.to(compute_dtype(weight)), rank=rank, name=self.name)
+            self._add_factored(adapter_name, given, config)
         if config.pretraining:
             self.release_base()
 
@@ -144,10 +159,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             dense = dense + _noise_like(dense)
         self.oialr_weight[adapter_name] = nn.Parameter(dense)
 
-    def _add_factored(self, adapter_name: str, weight: Tensor, rank: int, config: OIALRConfig) -> None:
-        # in float32 also for a half-precision base, since PEFT raises adapters to float32 afterwards; when it does not,
-        # `OIALRModel` casts them down
-        factors = factorize(weight.to(compute_dtype(weight)), rank=rank, name=self.name)
+    def _add_factored(self, adapter_name: str, factors: Factors, config: OIALRConfig) -> None:
         if config.residual:
             factors = factors._replace(sigma=torch.zeros_like(factors.sigma))
         if not config.init_weights:
@@ -537,7 +549,7 @@ def _noise_like(matrix: Tensor) -> Tensor:
     return NOISE * torch.randn_like(matrix) * torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def _parameters_become_meta() -> bool:
+def parameters_become_meta() -> bool:
     """Whether we are inside PEFT's or Accelerate's `init_empty_weights`, which sends new parameters to meta."""
     probe = nn.Module()
     probe.probe = nn.Parameter(torch.empty(0))

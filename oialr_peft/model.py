@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.config import OIALRConfig
-from oialr_peft.factors import compute_dtype
-from oialr_peft.layer import OIALRLinear, supported_module
+from oialr_peft.factors import Factors, compute_dtype, factorize_all
+from oialr_peft.layer import OIALRLinear, initial_rank, parameters_become_meta, supported_module
 from oialr_peft.registration import PREFIX
 
 STEPS_UNTIL_WARNING = 100  # without a controller, when `update_every` is a fraction of an unknown number of steps
@@ -92,9 +92,15 @@ class OIALRModel(BaseTuner):
         # before anything is replaced, so that a refused target leaves the model as it was
         shared = _shared_weights(model)
         inside = _prefixes_inside_adapter_layers(model)
+        self._factors: dict[str, Factors] = {}
+        weights: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
-                _require_own_weight(supported_module(module, name).weight, name, shared)
+                inner = supported_module(module, name)
+                _require_own_weight(inner.weight, name, shared)
+                weights[name] = inner.weight.T if isinstance(inner, Conv1D) else inner.weight
+        if not peft_config.is_from_checkpoint and not parameters_become_meta():
+            self._factors = _initial_factors(peft_config, weights)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -115,10 +121,10 @@ class OIALRModel(BaseTuner):
             )
             return
         if isinstance(target, OIALRLinear):
-            target.add_adapter(adapter_name, peft_config)
+            target.add_adapter(adapter_name, peft_config, self._factors.pop(current_key, None))
             return
         layer = OIALRLinear(target, current_key)
-        layer.add_adapter(adapter_name, peft_config)
+        layer.add_adapter(adapter_name, peft_config, self._factors.pop(current_key, None))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -262,6 +268,18 @@ class OIALRModel(BaseTuner):
     @classmethod
     def _tensors_of(cls, module_key: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key.rpartition(".")[2]: state_dict[key] for key in cls._keys_of(module_key, state_dict)}
+
+
+def _initial_factors(config: OIALRConfig, weights: dict[str, Tensor]) -> dict[str, Factors]:
+    """The factors of the layers that start factored, computed side by side on a CPU."""
+    ranks = {name: initial_rank(config, name, weight.shape) for name, weight in weights.items()}
+    jobs = [
+        (name, weight.detach(), rank)
+        for name, weight in weights.items()
+        if (rank := ranks[name]) is not None and not weight.is_meta
+    ]
+    jobs.sort(key=lambda job: -job[1].numel())
+    return dict(zip([name for name, _, _ in jobs], factorize_all(jobs), strict=True))
 
 
 def _padded(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:

@@ -549,3 +549,12 @@ def test_gradients_are_not_needed_and_the_weight_is_left_alone():
         factors = factorize(weight)
     assert not any(tensor.requires_grad for tensor in factors)
     assert torch.equal(weight, before)
+
+
+def test_a_thousand_rotations_leave_the_basis_orthonormal():
+    factors = factorize(torch.randn(96, 64, dtype=torch.float32), rank=32)
+    for _ in range(1000):
+        factors = rediagonalize(factors._replace(sigma=factors.sigma + 0.1 * torch.randn(32, 32, dtype=torch.float32)))
+    eye = torch.eye(32, dtype=torch.float32)
+    assert_close(factors.u.mT @ factors.u, eye, atol=1e-5, rtol=0)
+    assert_close(factors.vh @ factors.vh.mT, eye, atol=1e-5, rtol=0)
