@@ -13,8 +13,9 @@ from peft import get_peft_model
 from reference import SGD, AdamW, Reference, Settings
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from oialr_peft import OIALRConfig, OIALRController, factorize
+from oialr_peft import OIALRConfig, OIALRController, decompositions, factorize
 from oialr_peft.model import adapter_layers
 
 SHAPES = [(12, 8), (10, 12), (9, 10), (4, 9)]  # (out, in): tall, wide, nearly square
@@ -450,3 +451,37 @@ def test_a_run_gives_no_warning():
         controller = OIALRController(model, optimizer, total_steps=STEPS)
         train(model, optimizer, 30, controller)
     assert controller.history
+
+
+class CountHostReads(TorchDispatchMode):
+    """Counts how often a value leaves the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("storage", ["sketch", "full"])
+def test_a_check_of_dense_layers_waits_for_an_accelerator_no_more_often_with_more_layers(storage, monkeypatch):
+    monkeypatch.setattr(decompositions, "_by_svd", decompositions._by_polar)  # what an accelerator uses
+    reads = {}
+    for depth in (2, 6):
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(depth)))
+        config = OIALRConfig(
+            target_modules="all-linear", update_every=1, delay=5, stability_storage=storage, stability_threshold=1.0
+        )
+        model = get_peft_model(model, config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+        controller = OIALRController(model, optimizer, total_steps=10)
+        controller.step()  # the first bases
+        with CountHostReads() as counted:
+            update = controller.step()
+        assert len(update.stability) == depth
+        assert not update.frozen
+        reads[depth] = counted.reads
+    assert reads[2] == reads[6]
