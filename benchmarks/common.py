@@ -1,0 +1,122 @@
+"""What all benchmarks share: options, timing of several things side by side, tables.
+
+Times are medians over rounds. In each round everything that is compared runs once, in rotating order, and a ratio is
+the median over rounds of the ratio within one round: a machine that slows down slows both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+SAMPLE_SECONDS = 0.02  # what is faster is called several times per sample, so that the clock does not matter
+
+
+def parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark.
+
+    Args:
+        description: the docstring of the script.
+        repeats: default number of rounds.
+    """
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--repeats", type=int, default=repeats, help=f"rounds (default {repeats})")
+    made.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    made.add_argument("--dtype", default="float32", help="dtype that is computed in: float32 (default), bfloat16, …")
+    made.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    return made
+
+
+def start(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Set threads and seed, print what was run where, and return device and dtype."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    print(
+        f"`{command}`\n{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}, torch "
+        f"{torch.__version__}, {args.dtype}, {args.repeats} rounds, {datetime.date.today()}\n",
+        flush=True,
+    )
+    return device, getattr(torch, args.dtype)
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+class Timings(dict[str, list[float]]):
+    """Seconds by name, one sample per round."""
+
+    def add(self, name: str, seconds: float) -> None:
+        """Append a sample."""
+        self.setdefault(name, []).append(seconds)
+
+    def median(self, name: str) -> float:
+        """Median in seconds."""
+        return median(self[name])
+
+    def ratio(self, name: str, to: str) -> float:
+        """Median over rounds of the time of `name` over that of `to`."""
+        return median(a / b for a, b in zip(self[name], self[to]))
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Wall-clock seconds of one call, from `calls` in a row, work on the device included."""
+    _synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    _synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> Timings:
+    """Time all calls in each of `repeats` rounds, after two calls of each to warm up."""
+    each = {}
+    for name, call in calls.items():
+        call()
+        each[name] = max(1, min(1000, math.ceil(SAMPLE_SECONDS / seconds_of(call, device))))
+    timings, names = Timings(), list(calls)
+    for _ in range(repeats):
+        for name in names:
+            timings.add(name, seconds_of(calls[name], device, each[name]))
+        names.append(names.pop(0))
+    return timings
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table, aligned for reading as plain text; the first column to the left, others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
+        return f"| {' | '.join([first, *others])} |"
+
+    rule = "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
+    print("\n".join([line(header), f"|{rule}|", *map(line, rows)]) + "\n", flush=True)

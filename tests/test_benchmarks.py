@@ -1,0 +1,184 @@
+"""The benchmarks, each run at a tiny size: the rows are there and hold finite numbers. Speed is never asserted.
+
+Most of the few seconds that each takes go into importing; only the quickest runs by default.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BERT = ("--layers", 1, "--hidden", 64, "--repeats", 2)
+
+
+def run(script: str, *arguments: object) -> str:
+    """What the benchmark prints; nothing may be downloaded."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.startswith(f"`python benchmarks/{script} ")
+    assert f"torch {torch.__version__}" in process.stdout
+    return process.stdout
+
+
+def tables(output: str) -> list[list[dict[str, str]]]:
+    """The Markdown tables in the output, each as rows from column to cell."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|\n)+", output, re.MULTILINE):
+        header, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        assert all(re.fullmatch(r"-+:?", cell) for cell in rule)
+        assert all(len(row) == len(header) == len(set(header)) for row in rows)
+        found.append([dict(zip(header, row)) for row in rows])
+    return found
+
+
+def numbers(row: dict[str, str], *columns: str) -> list[float]:
+    values = [float(row[column].replace(",", "")) for column in columns]
+    assert all(math.isfinite(value) for value in values), row
+    return values
+
+
+def load(script: str) -> ModuleType:
+    """The script as a module, under a name that shadows no other."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{script.removesuffix('.py')}", BENCHMARKS / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_benchmark_is_tested():
+    tested = set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text()))
+    assert tested >= {path.name for path in BENCHMARKS.glob("*.py") if path.name != "models.py"}
+
+
+def test_live_bytes_count_every_tensor_once_and_while_it_lives():
+    memory = load("memory.py")
+    layer = nn.Linear(10, 100, bias=False, dtype=torch.float32)
+    x = torch.ones(5, 10, dtype=torch.float32)
+    with memory.LiveBytes([*layer.parameters(), layer.weight.detach(), x]) as counter:
+        kept = layer(x).relu()  # two tensors of 5×100 while relu runs
+        view = kept.T
+    assert counter.peak == 4 * (1000 + 50 + 2 * 500)
+    assert counter.now == 4 * (1000 + 50 + 500)
+    del kept
+    assert counter.now == 4 * (1000 + 50 + 500)
+    del view
+    assert counter.now == 4 * (1000 + 50)
+
+
+def test_live_bytes_see_gradients_and_optimizer_state():
+    memory = load("memory.py")
+    layer = nn.Linear(10, 100, bias=False, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    with memory.LiveBytes([layer.weight, layer.weight.grad]) as counter:
+        optimizer.step()
+    assert 4 * 4000 <= counter.peak <= 4 * 4000 + 100  # and the step count
+    with memory.LiveBytes([layer.weight]) as counter:
+        layer(torch.ones(1, 10, dtype=torch.float32)).sum().backward()
+    assert counter.now == 2 * 4000 - 4000 * (layer.weight.grad is None)
+
+
+def test_a_ratio_is_the_median_over_rounds():
+    timings = load("common.py").Timings()
+    for factor in (1.0, 10.0, 100.0):  # the machine slows down
+        timings.add("dense", 2 * factor)
+        timings.add("factored", factor)
+    assert timings.median("dense") == 20
+    assert timings.ratio("factored", "dense") == 0.5
+
+
+def test_layer_compares_all_routes_in_every_cell_and_says_what_it_skips():
+    sizes = ("--shapes", "32x16,16x16", "--tokens", "8,4096", "--ratios", "0.25,1", "--max-gflop", 0.01)
+    output = run("layer.py", *sizes, "--repeats", 2)
+    (rows,) = tables(output)
+    assert [(row["layer"], row["tokens"], row["r/k"]) for row in rows] == [
+        ("32×16", "8", "0.25"),
+        ("32×16", "8", "1"),
+        ("16×16", "8", "0.25"),
+        ("16×16", "8", "1"),
+        ("16×16", "4096", "0.25"),
+        ("16×16", "4096", "1"),
+    ]
+    routes = {"chain", "built/narrow", "built/wide"}
+    for row in rows:
+        assert min(numbers(row, "dense ms", *routes, "floor", "chosen / floor")) >= 0
+        assert {row["chosen"], row["fastest"]} <= routes
+    agreeing = sum(row["agrees"] == "yes" for row in rows)
+    assert f"agrees in {agreeing} of 6 cells" in output
+    assert "Skipped: 32×16 with 4096 tokens" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["bert", "gpt2", "llama-1b"])
+def test_step_has_a_row_for_every_method(model):
+    output = run("step.py", *BERT, "--model", model, "--batch", 2, "--length", 8)
+    (rows,) = tables(output)
+    methods = [row.pop("method") for row in rows]
+    assert {method.split()[0] for method in methods} == {"dense", "LoRA", "AdaLoRA", "OSF", "PSOFT", "OIALR"}
+    failed = [method for method, row in zip(methods, rows) if set(row.values()) == {"-"}]
+    # neither OSF nor PSOFT knows GPT-2's Conv1D
+    assert [method.split()[0] for method in failed] == (["OSF", "PSOFT"] if model == "gpt2" else [])
+    for method, row in zip(methods, rows):
+        if method in failed:
+            assert f"{method} does not run on this model: " in output
+        else:
+            assert min(numbers(row, *row)) > 0
+    assert numbers(rows[0], "time ratio", "memory ratio") == [1, 1]
+
+
+@pytest.mark.slow
+def test_creation_compares_times_and_truncation_errors():
+    times, errors = tables(run("creation.py", *BERT))
+    assert [row["method, rank 16"] for row in times] == [
+        "LoRA, PiSSA",
+        "LoRA, PiSSA with 4 iterations",
+        "OSF",
+        "LoRA",
+        "OIALR",
+    ]
+    assert all(min(numbers(row, "seconds", "ratio to PiSSA")) > 0 for row in times)
+    for row in errors:
+        assert 0 < numbers(row, "best error")[0] < 1
+        assert abs(numbers(row, "OIALR: excess")[0]) < 1e-4
+
+
+@pytest.mark.slow
+def test_inference_has_a_row_for_every_rank_and_batch():
+    output = run("inference.py", *BERT, "--ratios", "0.125,0.5", "--batches", "1,2", "--length", 8)
+    (rows,) = tables(output)
+    assert [(row["r/k"], row["batch"]) for row in rows] == [("0.125", "1"), ("0.125", "2"), ("0.5", "1"), ("0.5", "2")]
+    for row in rows:
+        assert min(numbers(row, *row)) > 0
+        assert numbers(row, "multiply-adds")[0] <= 1
+
+
+@pytest.mark.slow
+def test_checks_has_a_row_for_every_width():
+    arguments = ("--widths", "64,128", "--layers", 1, "--batch", 2, "--length", 8, "--repeats", 2, "--freezes", 1)
+    (rows,) = tables(run("checks.py", *arguments))
+    assert [row["width"] for row in rows] == ["64", "128"]
+    assert all(min(numbers(row, *row)) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_stability_has_a_row_for_every_storage_and_distance():
+    (rows,) = tables(run("stability.py", "--layers", 1, "--hidden", 192, "--distances", "0.2,1", "--repeats", 2))
+    assert [row.pop("storage") for row in rows] == 2 * ["full", "sketch", "bf16", "cpu"]
+    for row in rows:
+        numbers(row, *row)
+        assert 0 <= numbers(row, "largest error")[0] < 0.1
+    full, sketch = rows[0], rows[1]
+    assert numbers(sketch, "% of the model") < numbers(full, "% of the model")
