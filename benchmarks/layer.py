@@ -4,6 +4,7 @@ One forward and backward of an inner layer (the input needs a gradient) by each 
 `F.linear` with a trained weight:
 
 chain          x V Σᵀ Uᵀ
+folded         Σ multiplied into the smaller of its neighbours once
 built/narrow   W built once, the gradient of Σ from the narrow activations
 built/wide     W built once, the gradient of Σ from the gradient of W
 floor          multiply-adds of the cheapest route over those of the dense layer
@@ -26,7 +27,7 @@ from oialr_peft.factors import Factors
 SHAPES = "768x768,3072x768,4096x4096,11008x4096"
 RATIOS = "0.0625,0.125,0.25,0.5,0.75,1"
 TOLERANCE = 1.05  # of the fastest route, for agreement
-ROUTES = ("chain", "built/narrow", "built/wide")
+ROUTES = ("chain", "folded", "built/narrow", "built/wide")
 
 
 def training_step(output: Callable[[Tensor], Tensor], x: Tensor, trained: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -57,16 +58,17 @@ def built_step(side: str, x: Tensor, factors: Factors, grad: Tensor) -> Callable
 
 def chosen_route(m: int, n: int, rank: int, tokens: int) -> str:
     """What the cost model takes."""
-    if not ops.building_pays(m, n, rank, tokens):
-        return "chain"
+    route = ops.cheapest_route(m, n, rank, tokens)
+    if route != "built":
+        return route
     narrow = ops.narrow_cost(m, n, rank, tokens) <= ops.wide_cost(m, n, rank, tokens)
     return "built/narrow" if narrow else "built/wide"
 
 
 def floor_of(m: int, n: int, rank: int, tokens: int) -> float:
     """Multiply-adds of the cheapest route over those of a dense layer."""
-    cheapest = min(ops.chain_cost(m, n, rank, tokens), ops.built_cost(m, n, rank, tokens))
-    return cheapest / (3 * tokens * m * n)
+    costs = (ops.chain_cost, ops.folded_cost, ops.built_cost)
+    return min(cost(m, n, rank, tokens) for cost in costs) / (3 * tokens * m * n)
 
 
 def measure(
@@ -83,6 +85,7 @@ def measure(
     steps = {
         "dense": training_step(lambda x: F.linear(x, weight), x, weight, grad),
         "chain": training_step(lambda x: ops.factored_linear(x, factors), x, factors.sigma, grad),
+        "folded": training_step(lambda x: ops.folded_linear(x, factors, ops.fold(factors)), x, factors.sigma, grad),
         "built/narrow": built_step("narrow", x, factors, grad),
         "built/wide": built_step("wide", x, factors, grad),
     }

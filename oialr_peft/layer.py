@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, compute_dtype, factorize
-from oialr_peft.ops import build, building_pays, built_linear, factored_linear, fold
+from oialr_peft.ops import build, built_linear, cheapest_route, factored_linear, fold, folded_linear
 from oialr_peft.schedule import rank_of
 
 NOISE = 0.5  # of the weight's own scale, for `init_weights=False`
@@ -348,9 +348,13 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling():
             return factored_linear(x, factors, bias)
         if torch.is_grad_enabled() and (x.requires_grad or factors.sigma.requires_grad):
-            if not building_pays(m, n, rank, x.numel() // n):
+            route = cheapest_route(m, n, rank, x.numel() // n)
+            if route == "chain":
                 return factored_linear(x, factors, bias)
-            return built_linear(x, factors, self._product("built", adapter_name, dtype)[0], bias)
+            product = self._product(route, adapter_name, dtype)
+            if route == "folded":
+                return folded_linear(x, factors, (product[0], product[1]), bias)
+            return built_linear(x, factors, product[0], bias)
         if not self._may_keep_products(adapter_name):
             return factored_linear(x, factors, bias)
         if (m + n) * rank < m * n:

@@ -1,24 +1,27 @@
-"""The computation of a factored layer ``y = x Wᵀ + b`` with ``W = U Σ Vᵀ``, by the cheaper of two routes.
+"""The computation of a factored layer ``y = x Wᵀ + b`` with ``W = U Σ Vᵀ``, by the cheapest of three routes.
 
-Pure functions of tensors: no parameters, no state. Costs in multiply-adds for T tokens, an (m, n) weight and rank r:
+Pure functions of tensors: no parameters, no state. Costs in multiply-adds for T tokens, an (m, n) weight and rank r; a
+dense layer costs 3Tmn. The last column is paid once per optimizer step, wherever products may be kept that long.
 
-====== ===================================== ===================================================================
-route  forward and backward                  when it wins
-====== ===================================== ===================================================================
-chain  ``T (2(m+n)r + 3r²)``                 r below about .535 n (square) or .94 n (4:1); a dense layer costs 3Tmn
-built  ``T · 2mn`` + the gradient of Σ,      above, because no rank makes it much dearer than a dense layer
-       W once: ``mnr + r²·min(m, n)``
-====== ===================================== ===================================================================
+====== ================================== ======================== ========================
+route  forward and backward               once                     when it wins
+====== ================================== ======================== ========================
+chain  ``T (2(m+n)r + 3r²)``              nothing                  small r, or few tokens
+folded ``T (2(m+n)r + 2r²)``              ``min(m, n) r²``         T well above min(m, n)
+built  ``T 2mn`` + the gradient of Σ      ``mnr + min(m, n) r²``   large r
+====== ================================== ======================== ========================
 
-The built route takes the gradient of Σ from the cheaper side: from the narrow activations, ``(∂y U)ᵀ (x V)`` for
-``T ((m+n)r + r²)``, or from the gradient of W, ``Uᵀ (∂yᵀ x) V`` for ``T mn + mnr + r²·min(m, n)``.
+Folded, Σ is multiplied into the smaller of its neighbours: into U, which saves a product in the forward pass, or into
+Vᵀ, which saves one in the backward pass. Built, W is; the gradient of Σ then comes from the cheaper side: from the narrow
+activations, ``(∂y U)ᵀ (x V)`` for ``T ((m+n)r + r²)``, or from the gradient of W, ``Uᵀ (∂yᵀ x) V`` for
+``T mn + mnr + min(m, n) r²``.
 
-Without gradients there is one product less: ``T (m+n) r`` with Σ folded into its smaller neighbour, or ``T mn`` with W.
+Without gradients there is one product less: ``T (m+n) r`` with Σ folded, or ``T mn`` with W.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oialr_peft.factors import Factors
+
+Route = Literal["chain", "folded", "built"]
+
+_WORTH_KEEPING = 0.95  # of the chain's cost, for a folded product that takes up memory
 
 
 def chain_cost(m: int, n: int, rank: int, tokens: int) -> int:
@@ -58,13 +65,28 @@ def built_cost(m: int, n: int, rank: int, tokens: int) -> int:
     return 2 * tokens * m * n + gradient + build_cost(m, n, rank)
 
 
-def building_pays(m: int, n: int, rank: int, tokens: int) -> bool:
-    """Whether `built_linear` costs less than `factored_linear` in training.
+def folded_cost(m: int, n: int, rank: int, tokens: int) -> int:
+    """Multiply-adds of `folded_linear`, forward and backward, with folding Σ."""
+    return tokens * (2 * (m + n) * rank + 2 * rank**2) + min(m, n) * rank**2
 
-    >>> building_pays(768, 768, 192, 4096), building_pays(768, 768, 768, 4096)
-    (False, True)
+
+def cheapest_route(m: int, n: int, rank: int, tokens: int) -> Route:
+    """Which of the three costs least in training; a folded product must save 5 % of the chain to be worth its memory.
+
+    Products are counted as if they were made for these tokens alone, which is a little too much when several
+    micro-batches share them.
+
+    >>> [cheapest_route(768, 768, rank, 8192) for rank in (96, 384, 640)]
+    ['chain', 'folded', 'built']
     """
-    return built_cost(m, n, rank, tokens) < chain_cost(m, n, rank, tokens)
+    costs: dict[Route, int] = {
+        "chain": chain_cost(m, n, rank, tokens),
+        "folded": folded_cost(m, n, rank, tokens),
+        "built": built_cost(m, n, rank, tokens),
+    }
+    if costs["folded"] > _WORTH_KEEPING * costs["chain"]:
+        del costs["folded"]
+    return min(costs, key=costs.__getitem__)
 
 
 def build(factors: Factors) -> Tensor:
@@ -99,6 +121,27 @@ def factored_linear(x: Tensor, factors: Factors, bias: Tensor | None = None) -> 
     return F.linear(F.linear(F.linear(x, factors.vh), factors.sigma), factors.u, bias)
 
 
+def folded_linear(x: Tensor, factors: Factors, folded: tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
+    """``y = x Vᵀ' U'ᵀ + b`` with a pair that was folded before, and the gradient of Σ as the chain would give it.
+
+    Only the r-wide ``x V`` is kept for the backward pass.
+
+    Args:
+        x: (..., n).
+        factors: u (m, r), sigma (r, r), vh (r, n); u and vh frozen.
+        folded: (m, r) and (r, n), ``fold(factors)``.
+        bias: (m,) or None.
+
+    Returns:
+        (..., m). Differentiable once, with respect to x, sigma and bias.
+
+    >>> factors = Factors(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.eye(2))
+    >>> folded_linear(torch.tensor([[1.0, 1.0]]), factors, fold(factors))
+    tensor([[2., 3.]])
+    """
+    return _FoldedLinear.apply(x, factors.sigma, *folded, factors.u, factors.vh, bias)
+
+
 def built_linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x Wᵀ + b`` with a weight that was built before, and the gradient of Σ as the chain would give it.
 
@@ -116,6 +159,33 @@ def built_linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | Non
     tensor([[2., 3.]])
     """
     return _BuiltLinear.apply(x, factors.sigma, weight, factors.u, factors.vh, bias)
+
+
+class _FoldedLinear(torch.autograd.Function):
+    """See `folded_linear`; of the folded pair, one is U or Vᵀ itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sigma: Tensor, left: Tensor, right: Tensor, u: Tensor, vh: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        narrow = F.linear(x, vh)
+        ctx.into_u = u.shape[0] <= vh.shape[1]
+        ctx.save_for_backward(narrow, sigma, u, vh if ctx.into_u else right)
+        return F.linear(narrow, left, bias) if ctx.into_u else F.linear(F.linear(narrow, sigma), u, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        narrow, sigma, u, right = ctx.saved_tensors
+        grad_narrow = grad @ u
+        grad_x = grad_sigma = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_narrow @ sigma if ctx.into_u else grad_narrow) @ right
+        if ctx.needs_input_grad[1]:
+            rank = sigma.shape[0]
+            grad_sigma = grad_narrow.reshape(-1, rank).mT @ narrow.reshape(-1, rank)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[6] else None
+        return grad_x, grad_sigma, None, None, None, None, grad_bias
 
 
 class _BuiltLinear(torch.autograd.Function):

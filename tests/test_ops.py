@@ -13,12 +13,14 @@ from oialr_peft import Factors, factorize
 from oialr_peft.ops import (
     build,
     build_cost,
-    building_pays,
     built_cost,
     built_linear,
     chain_cost,
+    cheapest_route,
     factored_linear,
     fold,
+    folded_cost,
+    folded_linear,
     narrow_cost,
     wide_cost,
 )
@@ -26,6 +28,13 @@ from oialr_peft.ops import (
 pytestmark = pytest.mark.usefixtures("float64")
 
 SHAPES = [(7, 5, 3), (5, 7, 3), (6, 6, 6), (4, 1, 1), (1, 4, 1)]  # (out, in, rank)
+
+
+ROUTES = {
+    "chain": factored_linear,
+    "folded": lambda x, factors, bias=None: folded_linear(x, factors, fold(factors), bias),
+    "built": lambda x, factors, bias=None: built_linear(x, factors, build(factors), bias),
+}
 
 
 def trained_factors(m: int, n: int, rank: int) -> Factors:
@@ -68,7 +77,7 @@ def test_autograd_passes_its_numerical_check():
     )
 
 
-def saved_for_backward(x: Tensor, factors: Factors) -> list[Tensor]:
+def saved_for_backward(x: Tensor, factors: Factors, route: str = "chain") -> list[Tensor]:
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -76,21 +85,24 @@ def saved_for_backward(x: Tensor, factors: Factors) -> list[Tensor]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        factored_linear(x, factors, torch.zeros(factors.u.shape[0]))
+        ROUTES[route](x, factors, torch.zeros(factors.u.shape[0]))
     return saved
 
 
 @pytest.mark.parametrize("x_needs_gradient", [False, True])
 @pytest.mark.parametrize("batch", [(11,), (2, 11)], ids=str)
-def test_only_the_narrow_activation_is_kept_for_the_backward(x_needs_gradient, batch):
-    m, n, rank = 9, 7, 2
+@pytest.mark.parametrize("route", ["chain", "folded", "built"])
+@pytest.mark.parametrize("shape", [(9, 7), (7, 9)], ids=str)
+def test_only_the_narrow_activation_is_kept_for_the_backward(shape, x_needs_gradient, batch, route):
+    (m, n), rank = shape, 2
     factors = trained_factors(m, n, rank)
     x = torch.randn(*batch, n).requires_grad_(x_needs_gradient)
-    saved = saved_for_backward(x, factors)
-    weights = {tensor.untyped_storage().data_ptr() for tensor in factors}
-    activations = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in weights]
     rows = x.numel() // n
-    assert [tensor.numel() for tensor in activations] == [rows * rank]
+    saved = saved_for_backward(x, factors, route)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in factors}
+    others = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in weights]
+    products = {"chain": [], "folded": [min(m, n) * rank] if m > n else [], "built": [m * n]}[route]
+    assert sorted(tensor.numel() for tensor in others) == sorted([rows * rank, *products])
     assert x.untyped_storage().data_ptr() not in {tensor.untyped_storage().data_ptr() for tensor in saved}
 
 
@@ -106,23 +118,45 @@ def test_the_dtype_of_the_inputs_is_the_dtype_of_the_result():
         assert factored_linear(torch.randn(3, 4, dtype=dtype), factors).dtype == dtype
 
 
-# ---- the built route -------------------------------------------------------------------------------------------------
+# ---- the routes with products that are made once ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [(4,), (2, 3), (40,)], ids=str)
+@pytest.mark.parametrize("route", ["folded", "built"])
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3), (40,)], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (9, 8, 8), (8, 9, 7)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_built_route_equals_the_chain_in_value_and_gradient(shape, batch, with_bias):
+def test_every_route_equals_the_chain_in_value_and_gradient(shape, batch, with_bias, route):
     m, n, rank = shape
     factors = trained_factors(m, n, rank)
     bias = torch.randn(m).requires_grad_() if with_bias else None
     x = torch.randn(*batch, n).requires_grad_()
     inputs = [x, factors.sigma] + ([bias] if with_bias else [])
     chain = factored_linear(x, factors, bias)
-    built = built_linear(x, factors, build(factors), bias)
-    assert_close(built, chain)
+    output = ROUTES[route](x, factors, bias)
+    assert_close(output, chain)
     upstream = torch.randn_like(chain)
-    assert_close(torch.autograd.grad(built, inputs, upstream), torch.autograd.grad(chain, inputs, upstream))
+    assert_close(torch.autograd.grad(output, inputs, upstream), torch.autograd.grad(chain, inputs, upstream))
+
+
+@pytest.mark.parametrize("route", ["folded", "built"])
+@pytest.mark.parametrize("frozen", ["x", "sigma"])
+def test_gradients_that_nobody_needs_are_not_computed(route, frozen):
+    factors = trained_factors(5, 4, 3)
+    x = torch.randn(6, 4).requires_grad_(frozen != "x")
+    factors = factors._replace(sigma=factors.sigma.detach().requires_grad_(frozen != "sigma"))
+    ROUTES[route](x, factors).sum().backward()
+    assert (x.grad is None) == (frozen == "x")
+    assert (factors.sigma.grad is None) == (frozen == "sigma")
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (4, 5, 3), (4, 4, 4)], ids=str)
+def test_the_folded_route_passes_autograds_numerical_check(shape):
+    m, n, rank = shape
+    factors = trained_factors(m, n, rank)
+    x, bias = torch.randn(6, n).requires_grad_(), torch.randn(m).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, sigma, bias: ROUTES["folded"](x, factors._replace(sigma=sigma), bias), (x, factors.sigma, bias)
+    )
 
 
 @pytest.mark.parametrize("tokens", [2, 60])
@@ -140,10 +174,11 @@ def test_both_sides_of_the_gradient_pass_autograds_numerical_check(tokens):
     assert torch.autograd.gradcheck(output, (x, factors.sigma, bias))
 
 
-def test_the_built_route_refuses_a_second_derivative_instead_of_getting_it_wrong():
+@pytest.mark.parametrize("route", ["folded", "built"])
+def test_routes_without_a_second_derivative_refuse_it(route):
     factors = trained_factors(5, 4, 4)
     x = torch.randn(3, 4).requires_grad_()
-    output = built_linear(x, factors, build(factors))
+    output = ROUTES[route](x, factors)
     (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -181,16 +216,36 @@ def test_the_cost_model_is_what_pytorch_counts(shape, tokens):
     x = torch.randn(tokens, n).requires_grad_()
     assert counted(lambda: factored_linear(x, factors).sum().backward()) == chain_cost(m, n, rank, tokens)
     assert counted(lambda: build(factors)) == build_cost(m, n, rank)
-    assert counted(lambda: built_linear(x, factors, build(factors)).sum().backward()) == built_cost(m, n, rank, tokens)
+    for route, cost in (("folded", folded_cost), ("built", built_cost)):
+        assert counted(lambda route=route: ROUTES[route](x, factors).sum().backward()) == cost(m, n, rank, tokens)
 
 
-def test_building_pays_only_near_full_rank():
-    ranks = range(1, 769)
-    square = [rank / 768 for rank in ranks if building_pays(768, 768, rank, 100_000)]
-    assert min(square) == pytest.approx(0.535, abs=0.01)
-    wide = [rank / 768 for rank in ranks if building_pays(3072, 768, rank, 100_000)]
-    assert min(wide) == pytest.approx(0.94, abs=0.01)
-    assert not any(building_pays(768, 768, rank, 16) for rank in ranks)
+def routes(m: int, n: int, tokens: int) -> list[tuple[str, float]]:
+    """Each route that is taken as the rank grows, with r/k from which it is."""
+    taken = [(cheapest_route(m, n, rank, tokens), rank / min(m, n)) for rank in range(1, min(m, n) + 1)]
+    return [entry for before, entry in zip([("", 0.0), *taken], taken) if before[0] != entry[0]]
+
+
+def test_the_route_changes_with_rank_and_tokens():
+    # with unlimited tokens the products cost nothing: folded saves 5 % where r² ≥ .05 (4 r + 3 r²), in units of n
+    square = routes(768, 768, 1_000_000)
+    assert [route for route, _ in square] == ["chain", "folded", "built"]
+    assert square[1][1] == pytest.approx(0.2 / 0.85, abs=0.01)
+    assert square[2][1] == pytest.approx(0.581, abs=0.005)  # 4 r + 2 r² = 3 in units of n
+    assert [route for route, _ in routes(3072, 768, 1_000_000)] == ["chain", "folded"]
+    # with few tokens no product pays
+    assert [route for route, _ in routes(768, 768, 64)] == ["chain"]
+    assert [route for route, _ in routes(4096, 4096, 512)] == ["chain"]
+
+
+@pytest.mark.parametrize("tokens", [16, 300, 5000, 200_000])
+@pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (96, 384)], ids=str)
+def test_no_route_costs_much_less_than_the_one_that_is_taken(shape, tokens):
+    costs = {"chain": chain_cost, "folded": folded_cost, "built": built_cost}
+    for rank in range(1, min(shape) + 1, 7):
+        each = {route: cost(*shape, rank, tokens) for route, cost in costs.items()}
+        taken = cheapest_route(*shape, rank, tokens)
+        assert each[taken] <= min(each.values()) / (0.95 if taken == "chain" else 1)
 
 
 def test_a_full_rank_layer_costs_little_more_than_a_dense_one():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.ops import build, building_pays
+from oialr_peft.ops import build, cheapest_route
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -42,12 +42,14 @@ def train_step(model, optimizer, controller, x):
     return controller.step()
 
 
-@pytest.mark.parametrize("settings", [{}, {"init_rank": 3}], ids=["built", "chain"])
+@pytest.mark.parametrize("settings", [{}, {"init_rank": 5}, {"init_rank": 1}], ids=["built", "folded", "chain"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_outputs_follow_every_step_of_a_fused_optimizer(mode, settings):
     """Fused optimizers change a parameter without raising its version, so versions alone would not be enough."""
     model, optimizer, controller = adapted(**settings)
     x = torch.randn(400, 12)
+    rank = settings.get("init_rank", 12)
+    assert cheapest_route(12, 12, rank, 400) == {12: "built", 5: "folded", 1: "chain"}[rank]
     getattr(model, mode)()
     for _ in range(12):
         with torch.no_grad():
@@ -59,7 +61,7 @@ def test_outputs_follow_every_step_of_a_fused_optimizer(mode, settings):
 def test_the_weight_is_built_once_per_optimizer_step(monkeypatch):
     model, optimizer, controller = adapted()
     x = torch.randn(400, 12)
-    assert building_pays(12, 12, 12, 400)
+    assert cheapest_route(12, 12, 12, 400) == "built"
     built = []
     monkeypatch.setattr("oialr_peft.layer.build", lambda factors: built.append(1) or build(factors))
     for step in range(1, 4):
