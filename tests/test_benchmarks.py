@@ -112,7 +112,7 @@ def test_layer_compares_all_routes_in_every_cell_and_says_what_it_skips():
         ("16×16", "4096", "0.25"),
         ("16×16", "4096", "1"),
     ]
-    routes = {"chain", "built/narrow", "built/wide"}
+    routes = {"chain", "folded", "built/narrow", "built/wide"}
     for row in rows:
         assert min(numbers(row, "dense ms", *routes, "floor", "chosen / floor")) >= 0
         assert {row["chosen"], row["fastest"]} <= routes
