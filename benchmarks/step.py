@@ -37,6 +37,7 @@ CONFIGS: dict[str, Callable[..., PeftConfig] | None] = {
     "OSF 1/4 trained": lambda fan_in_fan_out, **options: OSFConfig(effective_rank=0.75, **options),
     "PSOFT r=64": lambda **options: PsoftConfig(r=64, psoft_svd="lowrank", **options),
     "OIALR r/k=1/4": lambda fan_in_fan_out, **options: OIALRConfig(**FACTORED, **options),
+    "OIALR residual r/k=1/4": lambda fan_in_fan_out, **options: OIALRConfig(residual=True, init_rank=0.25, **options),
     "OIALR r/k=1/4, pretraining": lambda fan_in_fan_out, **options: OIALRConfig(
         **FACTORED, pretraining=True, **options
     ),

@@ -123,7 +123,7 @@ class OIALRController:
         for layer in self.layers.values():
             layer.controlled[adapter_name] = True
         torch_optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        torch_optimizer.register_step_post_hook(self._after_optimizer_step)
+        torch_optimizer.register_step_post_hook(_forget_products_of(list(self.layers.values())))
 
     def step(self) -> OIALRUpdate | None:
         """Count one optimizer step; call it after the step, with gradients cleared.
@@ -160,10 +160,6 @@ class OIALRController:
         self.history.append(update)
         self._report(update)
         return update
-
-    def _after_optimizer_step(self, *_: Any) -> None:
-        for layer in self.layers.values():
-            layer.forget_products()
 
     @property
     def steps(self) -> int:
@@ -427,6 +423,16 @@ class OIALRController:
         if update.stability:
             metrics["oialr/stability_mean"] = sum(update.stability.values()) / len(update.stability)
         return metrics
+
+
+def _forget_products_of(layers: list[OIALRLinear]) -> Callable[..., None]:
+    """A hook for the optimizer, which outlives the controller: it must not hold on to that."""
+
+    def after_optimizer_step(*_: Any) -> None:
+        for layer in layers:
+            layer.forget_products()
+
+    return after_optimizer_step
 
 
 def _config_of(model: nn.Module, adapter_name: str) -> OIALRConfig:

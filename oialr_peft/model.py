@@ -356,7 +356,8 @@ class _MissingControllerWatch:
     """
 
     def __init__(self, layer: OIALRLinear, adapter_name: str, config: OIALRConfig) -> None:
-        self._layer = layer
+        # not the layer itself: its parameter holds this hook, and the garbage collector does not see such a cycle
+        self._controlled = layer.controlled
         self._adapter_name = adapter_name
         self._interval = config.update_every if isinstance(config.update_every, int) else STEPS_UNTIL_WARNING
         self._steps = 0
@@ -373,7 +374,7 @@ class _MissingControllerWatch:
                 return
 
     def __call__(self, parameter: Tensor) -> None:
-        if self._warned or self._adapter_name in self._layer.controlled:
+        if self._warned or self._adapter_name in self._controlled:
             return
         assert parameter.grad is not None
         if self._last is not None and (self._last[0]() is not parameter.grad or self._last[1] != parameter._version):
