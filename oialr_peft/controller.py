@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -426,11 +427,14 @@ class OIALRController:
 
 
 def _forget_products_of(layers: list[OIALRLinear]) -> Callable[..., None]:
-    """A hook for the optimizer, which outlives the controller: it must not hold on to that."""
+    """A hook for the optimizer, which may outlive controller and model: it must not hold on to them."""
+    references = [weakref.ref(layer) for layer in layers]
 
     def after_optimizer_step(*_: Any) -> None:
-        for layer in layers:
-            layer.forget_products()
+        for reference in references:
+            layer = reference()
+            if layer is not None:
+                layer.forget_products()
 
     return after_optimizer_step
 

@@ -199,3 +199,12 @@ def test_an_optimizer_does_not_keep_its_controller():
     assert gone() is None
     assert alive(bases) == 0
     training.step()
+
+
+def test_an_optimizer_does_not_keep_the_frozen_bases_of_a_model_that_is_gone():
+    training = Training(bert(1), OIALRConfig(freeze_when="delay", delay=0, init_rank=0.5))
+    gone = watched(parameter for parameter in training.model.parameters() if not parameter.requires_grad)
+    training.controller = training.model = None
+    gc.collect()
+    assert alive(gone) == 0
+    training.optimizer.step()
