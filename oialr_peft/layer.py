@@ -27,10 +27,11 @@ from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, compute_dtype, factorize
-from oialr_peft.ops import build, built_linear, cheapest_route, factored_linear, fold, folded_linear
+from oialr_peft.ops import Route, build, built_linear, cheapest_route, factored_linear, fold, folded_linear
 from oialr_peft.schedule import rank_of
 
 NOISE = 0.5  # of the weight's own scale, for `init_weights=False`
+FACTOR_NAMES = r".*oialr_(u|sigma|vh)\b.*"  # a regular expression for what torch.compile calls our factors
 
 
 def supported_module(module: nn.Module, name: str) -> nn.Linear | Conv1D:
@@ -110,7 +111,9 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         self.ranks: dict[str, int] = {}
         self.controlled: dict[str, bool] = {}
         self.base_released = False
-        self._products: dict[tuple[str, str, torch.dtype, bool], tuple[tuple[int, int], tuple[Tensor, ...]]] = {}
+        self._products: dict[
+            tuple[str, str, torch.dtype, bool], tuple[tuple[tuple[int, int], ...], tuple[Tensor, ...]]
+        ] = {}
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
         self._disable_adapters = False
@@ -233,6 +236,8 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         if self.is_dense(adapter_name):
             del self.oialr_weight[adapter_name]
         size = rank if size is None else size
+        if adapter_name in self.oialr_sigma and self.oialr_sigma[adapter_name].shape[0] != size:
+            _let_ranks_vary()
         pad = size - rank
         _store(self.oialr_u, adapter_name, F.pad(factors.u, (0, pad)), requires_grad=False)
         _store(self.oialr_sigma, adapter_name, F.pad(factors.sigma, (0, pad, 0, pad)), requires_grad=trains)
@@ -329,51 +334,84 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
     def _adapter_output(self, x: Tensor, adapter_name: str, bias: Tensor | None) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device):
-            # cast once here, so that every route, the custom function included, computes in the autocast dtype
+            if self.is_dense(adapter_name):
+                # autocast keeps the cast weight for further calls
+                return F.linear(x, self.oialr_weight[adapter_name], bias)
+            # cast once here, so that every route, the custom functions included, computes in the autocast dtype
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
-                return self._output_in(dtype, x.to(dtype), adapter_name, bias)
+                return self._factored_output(dtype, x.to(dtype), adapter_name, bias)
         dtype = self.trained_parameter(adapter_name).dtype
         inputs = self._cast_input_dtype(x, dtype)
-        result = self._output_in(dtype, inputs, adapter_name, bias)
+        if self.is_dense(adapter_name):
+            result = F.linear(inputs, self.oialr_weight[adapter_name], None if bias is None else bias.to(dtype))
+        else:
+            result = self._factored_output(dtype, inputs, adapter_name, bias)
         return result if result.dtype == x.dtype else result.to(x.dtype)
 
-    def _output_in(self, dtype: torch.dtype, x: Tensor, adapter_name: str, bias: Tensor | None) -> Tensor:
+    def _factored_output(self, dtype: torch.dtype, x: Tensor, adapter_name: str, bias: Tensor | None) -> Tensor:
+        """The output of a factored adapter for inputs in `dtype`, by the cheapest route."""
         bias = None if bias is None else bias.to(dtype)
-        if self.is_dense(adapter_name):
-            return F.linear(x, self.oialr_weight[adapter_name].to(dtype), bias)
-        containers = (self.oialr_u, self.oialr_sigma, self.oialr_vh)
-        factors = Factors(*(container[adapter_name].to(dtype) for container in containers))
-        m, n, rank = self.out_features, self.in_features, factors.rank
+        sigma = self.oialr_sigma[adapter_name]
         if torch.compiler.is_compiling():
-            return factored_linear(x, factors, bias)
-        if torch.is_grad_enabled() and (x.requires_grad or factors.sigma.requires_grad):
-            route = cheapest_route(m, n, rank, x.numel() // n)
+            u, vh = self.oialr_u[adapter_name], self.oialr_vh[adapter_name]
+            # of all sizes only the rank may be dynamic
+            assert u.shape[0] == self.out_features
+            assert vh.shape[1] == self.in_features
+            return factored_linear(x, Factors(u.to(dtype), sigma.to(dtype), vh.to(dtype)), bias)
+        route = self._route(adapter_name, x.numel() // self.in_features)
+        if route == "chain" or (torch.is_grad_enabled() and sigma.requires_grad):
+            u, vh = self._product("bases", adapter_name, dtype)
+            factors = Factors(u, sigma.to(dtype), vh)
             if route == "chain":
                 return factored_linear(x, factors, bias)
             product = self._product(route, adapter_name, dtype)
             if route == "folded":
                 return folded_linear(x, factors, (product[0], product[1]), bias)
             return built_linear(x, factors, product[0], bias)
-        if not self._may_keep_products(adapter_name):
-            return factored_linear(x, factors, bias)
-        if (m + n) * rank < m * n:
+        if route == "folded":
             left, right = self._product("folded", adapter_name, dtype)
             return F.linear(F.linear(x, right), left, bias)
         return F.linear(x, self._product("built", adapter_name, dtype)[0], bias)
 
-    def _product(self, kind: str, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The built weight or the folded pair in `dtype`, kept until the factors change if that will be noticed."""
+    def _route(self, adapter_name: str, tokens: int) -> Route:
+        m, n = self.out_features, self.in_features
         sigma = self.oialr_sigma[adapter_name]
+        rank = sigma.shape[0]
+        # in training also without gradients: a checkpointed block is computed again with them, and needs one product
+        if sigma.requires_grad and (torch.is_grad_enabled() or self.training):
+            return cheapest_route(m, n, rank, tokens)
+        if not self._may_keep_products(adapter_name):
+            return "chain"
+        return "folded" if (m + n) * rank < m * n else "built"
+
+    def _product(self, kind: str, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What the routes need in `dtype`, kept until the factors change if that will be noticed.
+
+        Changes through a parameter's `.data` are not; call `forget_products` after them.
+
+        Args:
+            kind: ``"bases"`` for U, Vᵀ; ``"folded"`` for the pair of `ops.fold`; ``"built"`` for W.
+        """
+        sigma = self.oialr_sigma[adapter_name]
+        stored = Factors(self.oialr_u[adapter_name], sigma, self.oialr_vh[adapter_name])
+        if kind == "bases" and stored.u.dtype == dtype:
+            return stored.u, stored.vh
         # tensors made in inference mode cannot be used where gradients are recorded
         key = kind, adapter_name, dtype, torch.is_inference_mode_enabled()
-        version = id(sigma), sigma._version
+        version = tuple((id(factor), factor._version) for factor in stored)
         kept = self._products.get(key)
         if kept is not None and kept[0] == version:
             return kept[1]
-        factors = Factors(self.oialr_u[adapter_name], sigma, self.oialr_vh[adapter_name])
-        multiplied = (build(factors),) if kind == "built" else fold(factors)
-        product = tuple(tensor.to(dtype) for tensor in multiplied)
+        if kind == "bases":
+            product: tuple[Tensor, ...] = stored.u.detach().to(dtype), stored.vh.detach().to(dtype)
+        elif kind == "folded":
+            # one of the pair is U or Vᵀ itself
+            u, vh = self._product("bases", adapter_name, dtype)
+            left, right = fold(stored)
+            product = (left.to(dtype), vh) if self.out_features <= self.in_features else (u, right.to(dtype))
+        else:
+            product = (build(stored).to(dtype),)
         if self._may_keep_products(adapter_name):
             self._products[key] = version, product
         return product
@@ -512,6 +550,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         target = self.base_weight.device if device is None else device
         if target.type == "meta":
             return
+        self.forget_products()
         for container in (self.oialr_weight, self.oialr_u, self.oialr_sigma, self.oialr_vh):
             if adapter_name in container and not container[adapter_name].is_meta:
                 parameter = container[adapter_name]
@@ -546,6 +585,13 @@ def _store(container: nn.ParameterDict, adapter_name: str, value: Tensor, *, req
             container[adapter_name].copy_(value)
     else:
         container[adapter_name] = nn.Parameter(value.contiguous(), requires_grad=requires_grad)
+
+
+def _let_ranks_vary() -> None:
+    """From now on, torch.compile makes one graph for all ranks instead of one for each; see `docs/compile.md`."""
+    config = torch.compiler.config
+    if FACTOR_NAMES not in config.dynamic_sources:
+        config.dynamic_sources = ",".join(filter(None, (config.dynamic_sources, FACTOR_NAMES)))
 
 
 def _noise_like(matrix: Tensor) -> Tensor:

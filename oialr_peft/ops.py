@@ -170,7 +170,13 @@ class _FoldedLinear(torch.autograd.Function):
     ) -> Tensor:
         narrow = F.linear(x, vh)
         ctx.into_u = u.shape[0] <= vh.shape[1]
-        ctx.save_for_backward(narrow, sigma, u, vh if ctx.into_u else right)
+        for_x = ctx.needs_input_grad[0]
+        ctx.save_for_backward(
+            narrow if ctx.needs_input_grad[1] else None,
+            sigma if for_x and ctx.into_u else None,
+            u,
+            right if for_x else None,
+        )
         return F.linear(narrow, left, bias) if ctx.into_u else F.linear(F.linear(narrow, sigma), u, bias)
 
     @staticmethod
@@ -182,7 +188,7 @@ class _FoldedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_narrow @ sigma if ctx.into_u else grad_narrow) @ right
         if ctx.needs_input_grad[1]:
-            rank = sigma.shape[0]
+            rank = narrow.shape[-1]
             grad_sigma = grad_narrow.reshape(-1, rank).mT @ narrow.reshape(-1, rank)
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[6] else None
         return grad_x, grad_sigma, None, None, None, None, grad_bias
@@ -198,10 +204,14 @@ class _BuiltLinear(torch.autograd.Function):
         m, n = weight.shape
         tokens = x.numel() // n
         ctx.from_narrow = narrow_cost(m, n, sigma.shape[0], tokens) <= wide_cost(m, n, sigma.shape[0], tokens)
-        saved = None
-        if ctx.needs_input_grad[1]:
-            saved = F.linear(x, vh) if ctx.from_narrow else x
-        ctx.save_for_backward(saved, weight, u, vh)
+        for_x, for_sigma = ctx.needs_input_grad[:2]
+        saved = (F.linear(x, vh) if ctx.from_narrow else x) if for_sigma else None
+        ctx.save_for_backward(
+            saved,
+            weight if for_x else None,
+            u if for_sigma else None,
+            vh if for_sigma and not ctx.from_narrow else None,
+        )
         return F.linear(x, weight, bias)
 
     @staticmethod

@@ -101,15 +101,20 @@ def test_only_the_narrow_activation_is_kept_for_the_backward(shape, x_needs_grad
     saved = saved_for_backward(x, factors, route)
     weights = {tensor.untyped_storage().data_ptr() for tensor in factors}
     others = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in weights]
+    # products are needed for the gradient of x alone
     products = {"chain": [], "folded": [min(m, n) * rank] if m > n else [], "built": [m * n]}[route]
+    products = products if x_needs_gradient else []
     assert sorted(tensor.numel() for tensor in others) == sorted([rows * rank, *products])
     assert x.untyped_storage().data_ptr() not in {tensor.untyped_storage().data_ptr() for tensor in saved}
 
 
-def test_nothing_is_kept_when_sigma_is_frozen_too():
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_activation_is_kept_when_sigma_is_frozen_too(route):
     factors = trained_factors(9, 7, 2)
     frozen = factors._replace(sigma=factors.sigma.detach())
-    assert saved_for_backward(torch.randn(11, 7), frozen) == []
+    assert saved_for_backward(torch.randn(11, 7), frozen, route) == []
+    saved = saved_for_backward(torch.randn(11, 7).requires_grad_(), frozen, route)
+    assert not [tensor for tensor in saved if tensor.shape[0] == 11]
 
 
 def test_the_dtype_of_the_inputs_is_the_dtype_of_the_result():

@@ -104,17 +104,21 @@ def load(model):
     model.load_state_dict(state)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_in_place,
-        load,
-        lambda model: model.float().double(),
-        lambda model: layer_of(model).set_factors("default", layer_of(model).factors("default").cut(2)),
-        lambda model: layer_of(model).set_dense("default", torch.randn(12, 12)),
-    ],
-    ids=["in place", "load_state_dict", "to", "set_factors", "set_dense"],
-)
+def other_bases(model):
+    layer_of(model).oialr_u["default"].mul_(-1)
+
+
+CHANGES = {
+    "in place": change_in_place,
+    "bases in place": other_bases,
+    "load_state_dict": load,
+    "to": lambda model: model.float().double(),
+    "set_factors": lambda model: layer_of(model).set_factors("default", layer_of(model).factors("default").cut(2)),
+    "set_dense": lambda model: layer_of(model).set_dense("default", torch.randn(12, 12)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_change_of_the_factors_is_noticed_in_evaluation(change):
     model, _, _ = adapted(init_rank=3)
     model.eval()
@@ -123,6 +127,36 @@ def test_a_change_of_the_factors_is_noticed_in_evaluation(change):
         model(x)
         assert layer_of(model)._products
         change(model)
+        assert_close(model(x), expected(model, x))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("settings", [{}, {"init_rank": 5}, {"init_rank": 1}], ids=["built", "folded", "chain"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_of_the_factors_is_noticed_under_autocast(change, settings, mode):
+    """There the cast bases are kept as well."""
+    model, _, _ = adapted(**settings)
+    getattr(model.float(), mode)()
+    x = torch.randn(400, 12, dtype=torch.float32)
+    for changed in (False, True):
+        if changed:
+            with torch.no_grad():
+                change(model)
+            model.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(x)
+        exact = expected(model, x)
+        assert_close(output.float(), exact, atol=0.03 * float(exact.detach().abs().max()), rtol=0)
+
+
+def test_changes_that_versions_do_not_show_are_noticed_at_the_next_change_of_mode():
+    model, _, _ = adapted(init_rank=3)
+    model.eval()
+    x = torch.randn(5, 12)
+    with torch.no_grad():
+        model(x)
+        layer_of(model).oialr_sigma["default"].data.mul_(2)
+        model.eval()
         assert_close(model(x), expected(model, x))
 
 
