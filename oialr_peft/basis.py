@@ -63,6 +63,11 @@ def kept_of(basis: Basis, storage: str, like: Tensor) -> Tensor:
     return basis.basis().cpu() if storage == "cpu" else basis.basis()
 
 
+def kept_shape(shape: Sequence[int], storage: str) -> tuple[int, int]:
+    """The shape of what `kept_of` keeps of a basis of this shape."""
+    return (max(shape), SKETCH_COLUMNS) if is_sketched(shape, storage) else (shape[0], shape[1])
+
+
 def stability_of_kept(now: Tensor, before: Tensor, shape: Sequence[int], storage: str) -> Tensor:
     """Stability between what `kept_of` kept of two bases of one weight of `shape` (m, n): a float64 scalar.
 

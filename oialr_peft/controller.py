@@ -15,8 +15,8 @@ import logging
 import time
 import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,21 +24,24 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
-from oialr_peft.basis import kept_of, stability_error, stability_of_kept
+from oialr_peft.basis import kept_of, kept_shape, stability_error, stability_of_kept
 from oialr_peft.config import OIALRConfig
-from oialr_peft.decompositions import Decomposition, decompose
+from oialr_peft.decompositions import SVD, Decomposition, decompose
+from oialr_peft.distributed import Job, Processes, refresh_reducers, refuse_join, require_supported_engine
 from oialr_peft.factors import (
     Factors,
     Rotation,
     bounded_rank,
+    compute_dtype,
     count_above,
     factors_of,
-    require_finite,
+    first_not_finite,
+    not_finite_error,
     rotate,
 )
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.model import adapter_layers
-from oialr_peft.moments import OptimizerSlots
+from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, moments_of, transport_state
 from oialr_peft.schedule import Schedule, rank_of, steps_of
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,38 @@ class OIALRUpdate:
         return 100 * self.trainable / self.total
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What a check found for one layer: what stays of its basis, or its new factors with their optimizer state."""
+
+    name: str
+    stability: float | None = None
+    kept: Tensor | None = None
+    factors: Factors | None = None
+    state: dict[str, Any] | None = None  # `None` for new factors: it cannot follow them and is reset
+    rank_before: int | None = None  # when it takes part in the Σ update
+
+    def without_tensors(self) -> _Outcome:
+        return replace(self, kept=None, factors=None, state=None)
+
+    def message(self, device: torch.device) -> list[Tensor]:
+        """Everything that other processes need, contiguous and on `device`; of Σ, which is diagonal, the diagonal."""
+        if self.factors is None:
+            assert self.kept is not None
+            return [self.kept.to(device).contiguous()]
+        u, sigma, vh = self.factors
+        return [u.contiguous(), sigma.diagonal().contiguous(), vh.contiguous(), *moments_of(self.state or {})]
+
+    def received(self, message: list[Tensor]) -> _Outcome:
+        """With the tensors of a message in place of its own."""
+        if self.factors is None:
+            return replace(self, kept=message[0])
+        u, singular_values, vh, *moments = message
+        values = iter(moments)
+        state = self.state and {key: next(values) if is_moment(value) else value for key, value in self.state.items()}
+        return replace(self, factors=Factors(u, torch.diag(singular_values), vh), state=state)
+
+
 class OIALRController:
     """Runs the method on a model with an OIALR adapter: `step()` once after each optimizer step.
 
@@ -98,14 +133,13 @@ class OIALRController:
 
     Raises:
         ValueError: the model has no such adapter, the optimizer does not train it, or the configured steps do not fit
-            into `total_steps`.
-        RuntimeError: training runs on several processes, which this release does not support.
+            into `total_steps`; or the engine that trains the model cannot follow changes of rank, see `docs/scaling.md`.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, *, total_steps: int, adapter_name: str = "default"
     ) -> None:
-        _require_one_process()
+        require_supported_engine(model, optimizer)
         self.model = model
         self.optimizer = optimizer
         self.adapter_name = adapter_name
@@ -119,6 +153,12 @@ class OIALRController:
         self._reset_warned = False
         self._trained = {name: layer.trained_parameter(adapter_name) for name, layer in self.layers.items()}
         self._require_trained_by_optimizer()
+        self._device = next(iter(self._trained.values())).device
+        self._processes = Processes.of(model, self._device)
+        if self._processes is not None:
+            settings = [self.config.to_dict(), total_steps, {name: str(layer) for name, layer in self.layers.items()}]
+            self._processes.require_same("The configuration", settings)
+        refresh_reducers(model)
         self._require_finite()
         self._dense_total = self._count_dense_model()
         for layer in self.layers.values():
@@ -144,11 +184,10 @@ class OIALRController:
             return None
         started = time.perf_counter()
         self._require_unchanged_parameters()
-        require_finite(self._trained)
-        with torch.no_grad(), torch.autocast(next(iter(self._trained.values())).device.type, enabled=False):
-            slots = OptimizerSlots(self.optimizer)
-            stability, frozen = self._freeze_stable_layers(slots)
-            ranks = self._update_sigma(slots, frozen)
+        refuse_join(self.model)
+        self._require_finite_everywhere()
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            stability, frozen, ranks = self._check(OptimizerSlots(self.optimizer))
         update = OIALRUpdate(
             self._steps,
             stability,
@@ -167,43 +206,78 @@ class OIALRController:
         """Optimizer steps counted so far."""
         return self._steps
 
-    # ---- the two parts of a check ------------------------------------------------------------------------------------
+    # ---- a check -----------------------------------------------------------------------------------------------------
 
-    def _freeze_stable_layers(self, slots: OptimizerSlots) -> tuple[dict[str, float], list[str]]:
-        measured: dict[str, float] = {}
-        frozen: set[str] = set()
-        weights = {
-            name: layer.oialr_weight[self.adapter_name].detach()
-            for name, layer in self.layers.items()
-            if layer.is_dense(self.adapter_name)
+    def _check(self, slots: OptimizerSlots) -> tuple[dict[str, float], list[str], dict[str, tuple[int, int]]]:
+        """Stability, newly factored layers, and ranks before and after the Σ update."""
+        names = list(self.layers)
+        due = [names[index] for index in self.schedule.layers_due(self._sigma_updates + 1, len(names))]
+        dense = [name for name in names if self._is_dense(name)]
+        factored = [name for name in due if name not in set(dense)]
+        outcomes = {}
+        for outcome in self._found_by_all([*dense, *factored], set(due), slots):
+            self._apply(outcome, slots)
+            outcomes[outcome.name] = outcome.without_tensors()
+        refresh_reducers(self.model)
+        frozen = [name for name in dense if not self._is_dense(name)]
+        if frozen or len(dense) < len(names):
+            self._sigma_updates += 1
+        stability = {name: s for name in dense if (s := outcomes[name].stability) is not None}
+        ranks = {
+            name: (before, self.layers[name].rank(self.adapter_name))
+            for name in due
+            if name in outcomes and (before := outcomes[name].rank_before) is not None
         }
-        for decompositions in decompose(list(weights.items())):
-            measured |= self._compare_and_keep_bases(decompositions)
-            for decomposition in decompositions:
-                name = decomposition.name
-                if self._freezes(measured.get(name), decomposition.shape):
-                    self._freeze(decomposition, slots)
-                    frozen.add(name)
-        in_order = [name for name in self.layers if name in weights]
-        return (
-            {name: measured[name] for name in in_order if name in measured},
-            [name for name in in_order if name in frozen],
-        )
+        return stability, frozen, ranks
 
-    def _compare_and_keep_bases(self, decompositions: list[Decomposition]) -> dict[str, float]:
-        """Stability of those that have an earlier basis; the host waits once for all of them."""
+    def _found_by_all(self, names: list[str], due: set[str], slots: OptimizerSlots) -> Iterator[_Outcome]:
+        """The outcome of every layer; each is computed by one process and sent to the others."""
+        if self._processes is None:
+            yield from self._found_here(names, due, slots)
+            return
+        jobs = [Job(name, *_shape_and_size(self._matrix(name))) for name in names]
+        for shares in self._processes.rounds(jobs):
+            mine = [job.name for job, owner in shares if owner == self._processes.index]
+            found: dict[str, _Outcome] = {}
+            failure = None
+            try:
+                found = {outcome.name: outcome for outcome in self._found_here(mine, due, slots)}
+            except Exception as error:  # raised below, when the other processes know of it
+                failure = error
+            yield from self._exchanged(shares, found, failure, due, slots)
+
+    def _found_here(self, names: list[str], due: set[str], slots: OptimizerSlots) -> Iterator[_Outcome]:
+        """The outcomes of these layers, computed by this process; the host waits twice per batch of decompositions."""
+        for decompositions in decompose([(name, self._matrix(name)) for name in names]):
+            kept, stability = self._compared(decompositions)
+            rotations = {
+                found.name: self._rotation(found)
+                for found in decompositions
+                if found.name not in kept or self._freezes(stability.get(found.name), found.shape)
+            }
+            ranks = self._ranks_after(rotations, due)
+            for name in (found.name for found in decompositions):
+                if name in rotations:
+                    outcome = self._changed(name, rotations[name].cut(ranks[name]), name in due, slots)
+                    yield replace(outcome, stability=stability.get(name))
+                else:
+                    yield _Outcome(name, stability.get(name), kept[name])
+
+    def _compared(self, decompositions: list[Decomposition]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What is kept of the bases of dense layers, and Stability of those that have an earlier one."""
         storage = self.config.stability_storage
+        kept: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
-        for decomposition in decompositions:
-            name = decomposition.name
-            kept = kept_of(decomposition, storage, self._trained[name])
-            if name in self._bases:
-                values[name] = stability_of_kept(kept, self._bases[name], decomposition.shape, storage)
-            self._bases[name] = kept
+        for found in decompositions:
+            name = found.name
+            if self._is_dense(name):
+                kept[name] = kept_of(found, storage, self._trained[name])
+                if name in self._bases:
+                    values[name] = stability_of_kept(kept[name], self._bases[name], found.shape, storage)
         if not values:
-            return {}
+            return kept, {}
         measured = torch.stack(list(values.values())).tolist()
-        return {name: min(1.0, max(-1.0, value)) for name, value in zip(values, measured, strict=True)}
+        return kept, {name: min(1.0, max(-1.0, value)) for name, value in zip(values, measured, strict=True)}
 
     def _freezes(self, measured: float | None, shape: Size) -> bool:
         if measured is not None:
@@ -211,80 +285,159 @@ class OIALRController:
             measured -= 2 * stability_error(measured, shape, self.config.stability_storage)
         return self.schedule.freezes(self._steps, measured)
 
-    def _freeze(self, decomposition: Decomposition, slots: OptimizerSlots) -> None:
-        name = decomposition.name
-        layer = self.layers[name]
-        weight = layer.oialr_weight[self.adapter_name]
-        kept = decomposition.svd().cut(layer.full_rank[self.adapter_name])
-        sigma = layer.set_factors(self.adapter_name, factors_of(kept, kept.s.dtype))
-        self._carry_state(slots, name, weight, sigma, kept.u, kept.vh.mT)
-        self._bases.pop(name, None)
+    def _rotation(self, found: Decomposition) -> Rotation:
+        """From the trained matrix to its diagonal: U, V of a dense weight, P, Q of a core."""
+        svd = found.svd()
+        if self._is_dense(found.name):
+            svd = svd.cut(self.layers[found.name].full_rank[self.adapter_name])
+        return Rotation(svd.u, svd.s, svd.vh.mT)
 
-    def _update_sigma(self, slots: OptimizerSlots, frozen: list[str]) -> dict[str, tuple[int, int]]:
-        layers = list(self.layers.items())
-        if all(layer.is_dense(self.adapter_name) for _, layer in layers):
-            return {}
-        self._sigma_updates += 1
-        due = [layers[index] for index in self.schedule.layers_due(self._sigma_updates, len(layers))]
-        cores = {
-            name: layer.factors(self.adapter_name).sigma for name, layer in due if not layer.is_dense(self.adapter_name)
+    def _ranks_after(self, rotations: dict[str, Rotation], due: set[str]) -> dict[str, int]:
+        """Ranks to keep; those of layers that are not due stay as they are."""
+        ranks = {name: rotation.singular_values.numel() for name, rotation in rotations.items()}
+        counted = {
+            name: count_above(rotation.singular_values, self.config.cutoff)
+            for name, rotation in rotations.items()
+            if name in due
         }
-        fresh = [name for name in frozen if name in cores]
-        # just factored: diagonal and descending already
-        rotations = [(name, Rotation.identity(cores.pop(name).diagonal())) for name in fresh]
-        ranks = self._rotate_and_cut(rotations, slots)
-        for decompositions in decompose(list(cores.items())):
-            found = [(decomposition.name, decomposition.svd()) for decomposition in decompositions]
-            ranks |= self._rotate_and_cut([(name, Rotation(svd.u, svd.s, svd.vh.mT)) for name, svd in found], slots)
-        return {name: ranks[name] for name, _ in due if name in ranks}
-
-    def _rotate_and_cut(
-        self, rotations: list[tuple[str, Rotation]], slots: OptimizerSlots
-    ) -> dict[str, tuple[int, int]]:
-        """Ranks before and after; the host waits once for all of them."""
-        if not rotations:
-            return {}
-        counts = torch.stack([count_above(rotation.singular_values, self.config.cutoff) for _, rotation in rotations])
-        ranks: dict[str, tuple[int, int]] = {}
-        for (name, rotation), above in zip(rotations, counts.tolist(), strict=True):
+        if not counted:
+            return ranks
+        for name, above in zip(counted, torch.stack(list(counted.values())).tolist(), strict=True):
             layer = self.layers[name]
-            factors = layer.factors(self.adapter_name)
-            kept = bounded_rank(
+            ranks[name] = bounded_rank(
                 above,
-                factors.rank,
+                ranks[name],
                 max_rank_drop=self.config.max_rank_drop,
                 min_rank=rank_of(self.config.min_rank, min(layer.out_features, layer.in_features)),
             )
-            cut = rotation.cut(kept)
-            self._store_rotated(name, layer, slots, rotate(factors, cut), cut)
-            ranks[name] = factors.rank, kept
         return ranks
 
-    def _store_rotated(
-        self, name: str, layer: OIALRLinear, slots: OptimizerSlots, factors: Factors, rotation: Rotation
-    ) -> None:
-        old = layer.oialr_sigma[self.adapter_name]
-        size = old.shape[0]
-        masked = self.config.shrink == "mask"
-        new = layer.set_factors(self.adapter_name, factors, size=size if masked else None)
-        p, q = rotation.p, rotation.q
-        if masked:
-            # zero rows and columns: the state of the dropped directions becomes zero, its shape stays
-            p, q = (nn.functional.pad(m, (0, size - m.shape[1], 0, size - m.shape[0])) for m in (p, q))
-        self._carry_state(slots, name, old, new, p, q)
+    def _changed(self, name: str, rotation: Rotation, due: bool, slots: OptimizerSlots) -> _Outcome:
+        """New factors and optimizer state of a layer whose trained matrix becomes the diagonal of `rotation`."""
+        old = self._trained[name]
+        if self._is_dense(name):
+            found = SVD(rotation.p, rotation.singular_values, rotation.q.mT)
+            factors = factors_of(found, old.dtype)
+        else:
+            factors = rotate(self.layers[name].factors(self.adapter_name), rotation)
+        size = self._size_for(name, factors.rank)
+        # zero rows and columns: the state of the dropped directions of a masked layer becomes zero, its shape stays
+        p, q = (
+            nn.functional.pad(side, (0, size - side.shape[1], 0, rows - side.shape[0]))
+            for side, rows in zip((rotation.p, rotation.q), old.shape, strict=True)
+        )
+        state = transport_state(slots.state_of(old), old.shape, p, q)
+        return _Outcome(name, None, None, factors, state, self._rank_before(name) if due else None)
 
-    def _carry_state(
-        self, slots: OptimizerSlots, name: str, old: nn.Parameter, new: nn.Parameter, p: Tensor, q: Tensor
-    ) -> None:
-        self._trained[name] = new
-        if not slots.transport(old, new, p, q) and not self._reset_warned:
+    def _apply(self, outcome: _Outcome, slots: OptimizerSlots) -> None:
+        name = outcome.name
+        if outcome.factors is None:
+            assert outcome.kept is not None
+            self._bases[name] = outcome.kept.cpu() if self.config.stability_storage == "cpu" else outcome.kept
+            return
+        old = self._trained[name]
+        size = self._size_for(name, outcome.factors.rank)
+        self._bases.pop(name, None)
+        self._trained[name] = self.layers[name].set_factors(self.adapter_name, outcome.factors, size=size)
+        slots.replace(old, self._trained[name], outcome.state)
+        if outcome.state is None and not self._reset_warned:
             self._reset_warned = True
             warnings.warn(
                 f"The state that {type(self.optimizer).__name__} keeps for `{name}` cannot follow a change of basis, so "
                 "it is reset for every layer when that is factored or pruned. AdamW, Adam, SGD and Muon from "
                 "torch.optim keep theirs.",
-                stacklevel=5,
+                stacklevel=4,
             )
+
+    def _is_dense(self, name: str) -> bool:
+        return self.layers[name].is_dense(self.adapter_name)
+
+    def _matrix(self, name: str) -> Tensor:
+        """What is decomposed: W in the dense phase, Σ (r, r) in the factored one."""
+        if self._is_dense(name):
+            return self._trained[name].detach()
+        return self.layers[name].factors(self.adapter_name).sigma
+
+    def _rank_before(self, name: str) -> int:
+        """The rank before a Σ update: just after a dense layer is factored, it has its full one."""
+        layer = self.layers[name]
+        return layer.full_rank[self.adapter_name] if self._is_dense(name) else layer.rank(self.adapter_name)
+
+    def _size_for(self, name: str, rank: int) -> int:
+        """Directions that the tensors of a layer of this rank have: with masks, as many as before."""
+        if self.config.shrink == "physical":
+            return rank
+        return self.layers[name].full_rank[self.adapter_name] if self._is_dense(name) else self._trained[name].shape[0]
+
+    # ---- several processes -------------------------------------------------------------------------------------------
+
+    def _exchanged(
+        self,
+        shares: list[tuple[Job, int]],
+        found: dict[str, _Outcome],
+        failure: Exception | None,
+        due: set[str],
+        slots: OptimizerSlots,
+    ) -> list[_Outcome]:
+        """The outcomes of all processes: first their shapes, then each tensor once, from the one that computed it.
+
+        Raises:
+            Exception: the failure of this process; RuntimeError when another one failed.
+        """
+        assert self._processes is not None
+        table = torch.zeros(len(shares), 3, dtype=torch.float64)  # done, Stability, new rank (0: stays dense)
+        for row, (job, _) in zip(table, shares, strict=True):
+            if job.name in found:
+                outcome = found[job.name]
+                rank = 0 if outcome.factors is None else outcome.factors.rank
+                row.copy_(torch.tensor([1.0, outcome.stability or 0.0, rank], dtype=row.dtype))
+        table = self._processes.merged(table)
+        if failure is not None:
+            raise failure
+        for (done, _, _), (job, owner) in zip(table.tolist(), shares, strict=True):
+            if not done:
+                raise RuntimeError(
+                    f"Process {owner} could not decompose `{job.name}`; its own error message says why. All processes "
+                    "stop. Go back to the last checkpoint."
+                )
+        outcomes = [
+            found.get(job.name) or self._expected(job.name, stability, int(rank), job.name in due, slots)
+            for (job, _), (_, stability, rank) in zip(shares, table.tolist(), strict=True)
+        ]
+        messages = [outcome.message(self._processes.device) for outcome in outcomes]
+        self._processes.send(
+            [(tensor, owner) for message, (_, owner) in zip(messages, shares, strict=True) for tensor in message]
+        )
+        return [outcome.received(message) for outcome, message in zip(outcomes, messages, strict=True)]
+
+    def _expected(self, name: str, stability: float, rank: int, due: bool, slots: OptimizerSlots) -> _Outcome:
+        """The outcome that another process found, with unset tensors to receive it into."""
+        measured = stability if name in self._bases else None
+        old, layer = self._trained[name], self.layers[name]
+        m, n = layer.out_features, layer.in_features
+        if rank == 0:
+            shape = kept_shape((m, n), self.config.stability_storage)
+            dtype = torch.bfloat16 if self.config.stability_storage == "bf16" else compute_dtype(old)
+            return _Outcome(name, measured, torch.empty(shape, dtype=dtype, device=old.device))
+        factors = Factors(old.new_empty(m, rank), old.new_empty(rank, rank), old.new_empty(rank, n))
+        state = empty_state(slots.state_of(old), old.shape, self._size_for(name, rank))
+        return _Outcome(name, measured, None, factors, state, self._rank_before(name) if due else None)
+
+    def _require_finite_everywhere(self) -> None:
+        """Raise on every process when one of them holds NaN or Inf, or is at another step."""
+        name = first_not_finite(self._trained)
+        if self._processes is not None:
+            names = list(self._trained)
+            position = len(names) if name is None else names.index(name)
+            first, lowest, highest = self._processes.smallest([position, self._steps, -self._steps])
+            if lowest != -highest:
+                raise RuntimeError(
+                    f"The processes are at different optimizer steps, {int(lowest)} to {int(-highest)}. Call `step()` "
+                    "of the controller on every process, once after each optimizer step."
+                )
+            name = names[int(first)] if first < len(names) else None
+        if name is not None:
+            raise not_finite_error(name)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -329,9 +482,10 @@ class OIALRController:
         for name, layer in self.layers.items():
             current = layer.trained_parameter(self.adapter_name)
             known = self._trained[name]
-            if current is not known and known in slots:
-                slots.replace(known, current, self.optimizer.state.get(known))
+            if current is not known:
+                slots.replace(known, current, slots.state_of(known))
             self._trained[name] = current
+        refresh_reducers(self.model)
 
     # ---- invariants and counts ---------------------------------------------------------------------------------------
 
@@ -472,10 +626,5 @@ def _schedule_of(config: OIALRConfig, total_steps: int) -> Schedule:
     )
 
 
-def _require_one_process() -> None:
-    distributed: Callable[[], bool] = torch.distributed.is_initialized
-    if torch.distributed.is_available() and distributed() and torch.distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "Training an OIALR adapter on several processes is not supported in this release: ranks would change on "
-            "each process by itself. Run on one process."
-        )
+def _shape_and_size(matrix: Tensor) -> tuple[tuple[int, int], int]:
+    return (matrix.shape[0], matrix.shape[1]), compute_dtype(matrix).itemsize

@@ -192,12 +192,6 @@ class Rotation(NamedTuple):
     singular_values: Tensor  # (r',), descending, ≥ 0
     q: Tensor  # (r, r'), orthonormal columns
 
-    @classmethod
-    def identity(cls, singular_values: Tensor) -> Rotation:
-        """The rotation of a core that is diagonal and descending already."""
-        eye = torch.diag(torch.ones_like(singular_values))
-        return cls(eye, singular_values, eye)
-
     def cut(self, rank: int) -> Rotation:
         """Only the `rank` largest directions."""
         return Rotation(self.p[:, :rank], self.singular_values[:rank], self.q[:, :rank])
@@ -295,16 +289,22 @@ def truncate(factors: Factors, *, cutoff: float, max_rank_drop: float = 0.5, min
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError that names the first tensor with NaN or Inf; waits for the device once, however many."""
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise not_finite_error(name)
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with NaN or Inf; waits for the device once, however many there are."""
     if not tensors:
-        return
+        return None
     largest = [largest_entry(tensor.detach()).float() for tensor in tensors.values()]
     on_host = torch.stack([entry.to(largest[0].device) for entry in largest]).tolist()
-    for name, entry in zip(tensors, on_host, strict=True):
-        if not math.isfinite(entry):
-            raise _not_finite(name)
+    return next((name for name, entry in zip(tensors, on_host, strict=True) if not math.isfinite(entry)), None)
 
 
-def _not_finite(name: str) -> ValueError:
+def not_finite_error(name: str) -> ValueError:
+    """The error for a weight with NaN or Inf."""
     return ValueError(
         f"`{name}` holds NaN or Inf, so it has no basis. Training has diverged, or a checkpoint is damaged: lower the "
         "learning rate, clip gradients, or go back to an earlier checkpoint."
@@ -318,4 +318,4 @@ def _require_finite_matrix(matrix: Tensor, name: str) -> None:
             f"{matrix.dtype}. Reshape it to (out, in), or dequantize it first."
         )
     if not bool(torch.isfinite(largest_entry(matrix))):
-        raise _not_finite(name)
+        raise not_finite_error(name)

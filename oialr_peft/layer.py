@@ -233,10 +233,13 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             before = self.trained_parameter(adapter_name)
             trains = before.requires_grad
             factors = Factors(*(factor.to(before.dtype) for factor in factors))
+        size = rank if size is None else size
         if self.is_dense(adapter_name):
             del self.oialr_weight[adapter_name]
-        size = rank if size is None else size
-        if adapter_name in self.oialr_sigma and self.oialr_sigma[adapter_name].shape[0] != size:
+            shrinks = size < self.full_rank[adapter_name]
+        else:
+            shrinks = adapter_name in self.oialr_sigma and size != self.oialr_sigma[adapter_name].shape[0]
+        if shrinks:
             _let_ranks_vary()
         pad = size - rank
         _store(self.oialr_u, adapter_name, F.pad(factors.u, (0, pad)), requires_grad=False)

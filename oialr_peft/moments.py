@@ -15,7 +15,7 @@ state of that parameter is reset as a whole, step included, and the caller is to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Size, Tensor, nn
 from torch.optim import Optimizer
@@ -53,19 +53,39 @@ def transport_state(state: Mapping[str, Any], shape: Size, p: Tensor, q: Tensor)
     Returns:
         The new state, or `None` when it holds something that no rule covers, and must be reset.
     """
-    transported: dict[str, Any] = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            transported[key] = value
-        elif type(value) is not Tensor or value.shape != shape or not value.is_floating_point():
-            return None
-        elif key in FIRST_MOMENTS:
-            transported[key] = transport_first(value, p, q)
-        elif key in SECOND_MOMENTS:
-            transported[key] = transport_second(value, p, q)
-        else:
-            return None
-    return transported
+    if not is_transportable(state, shape):
+        return None
+    rules = {key: transport_first for key in FIRST_MOMENTS} | {key: transport_second for key in SECOND_MOMENTS}
+    return {key: rules[key](value, p, q) if is_moment(value) else value for key, value in state.items()}
+
+
+def is_transportable(state: Mapping[str, Any], shape: Size) -> bool:
+    """Whether the rules above cover everything that an optimizer keeps for a parameter of this shape."""
+    return all(
+        type(value) is Tensor
+        and value.shape == shape
+        and value.is_floating_point()
+        and key in FIRST_MOMENTS | SECOND_MOMENTS
+        for key, value in state.items()
+        if is_moment(value)
+    )
+
+
+def empty_state(state: Mapping[str, Any], shape: Size, rank: int) -> dict[str, Any] | None:
+    """What `transport_state` would return for p (m, rank), q (n, rank), with unset moments: to receive them into."""
+    if not is_transportable(state, shape):
+        return None
+    return {key: value.new_empty(rank, rank) if is_moment(value) else value for key, value in state.items()}
+
+
+def moments_of(state: Mapping[str, Any]) -> list[Tensor]:
+    """The moments in a state, in its order: what changes with the basis."""
+    return [value for value in state.values() if is_moment(value)]
+
+
+def is_moment(value: Any) -> TypeGuard[Tensor]:
+    """Whether an entry of an optimizer's state is a tensor with a shape; scalars such as Adam's `step` are not."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 class OptimizerSlots:
@@ -89,8 +109,17 @@ class OptimizerSlots:
     def __contains__(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._slots
 
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What the optimizer keeps for a parameter; nothing before its first step, or when it does not train it."""
+        return dict(self.optimizer.state.get(parameter, {})) if parameter in self else {}
+
     def replace(self, old: nn.Parameter, new: nn.Parameter, state: dict[str, Any] | None) -> None:
-        """Put `new` where `old` was, with `state`; `None` leaves it without state, as before its first step."""
+        """Put `new` where `old` was, with `state`; `None` leaves it without state, as before its first step.
+
+        A parameter that the optimizer does not train is left alone.
+        """
+        if old not in self:
+            return
         if new is not old:
             parameters, index = self._slots.pop(id(old))
             parameters[index] = new
@@ -98,15 +127,3 @@ class OptimizerSlots:
         self.optimizer.state.pop(old, None)
         if state:
             self.optimizer.state[new] = state
-
-    def transport(self, old: nn.Parameter, new: nn.Parameter, p: Tensor, q: Tensor) -> bool:
-        """Replace `old` by ``new = Pᵀ old Q`` and carry its state over; False when the state had to be reset.
-
-        `old` must still have its old shape. A parameter that the optimizer does not train is left alone.
-        """
-        if old not in self:
-            return True
-        state = self.optimizer.state.get(old)
-        transported = transport_state(state, old.shape, p, q) if state else {}
-        self.replace(old, new, transported)
-        return transported is not None

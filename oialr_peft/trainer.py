@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from oialr_peft.controller import OIALRController
 from oialr_peft.layer import OIALRLinear
@@ -81,7 +85,9 @@ class OIALRCallback(TrainerCallback):
         assert self.controller is not None
         state = self.controller.state_dict()
         bases = {name: basis.contiguous().cpu() for name, basis in state.pop("bases").items()}
-        save_file(bases, Path(directory, STATE_NAME), metadata={"oialr": json.dumps(state)})
+        unfinished = Path(directory, f"{STATE_NAME}.tmp")
+        save_file(bases, unfinished, metadata={"oialr": json.dumps(state)})
+        unfinished.replace(Path(directory, STATE_NAME))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Continue from the state in `directory`.
@@ -112,7 +118,7 @@ class _TrainerDrivenCallback(OIALRCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.start(kwargs["model"], kwargs["optimizer"], state.max_steps)
+        self.start(self._trainer.model_wrapped, kwargs["optimizer"], state.max_steps)
         if self._trainer._resumed_from is not None:
             self.load(self._trainer._resumed_from)
 
@@ -156,6 +162,24 @@ class OIALRTrainerMixin(_MixinBase):
         """The controller of the current or last training; its `history` holds every check."""
         return self._oialr_callback.controller
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a directory, or `True` for the last complete checkpoint in `output_dir`: one that a
+                killed process left unfinished is passed over, with a warning.
+            *args: of `Trainer.train`.
+            **kwargs: of `Trainer.train`.
+        """
+        if resume_from_checkpoint is True and self.args.output_dir is not None:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # `trainer_state.json` is written next: when it is there, every process has written all that it had to
+        self.accelerator.wait_for_everyone()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and self.oialr_controller is not None:
@@ -176,6 +200,28 @@ class OIALRTrainer(OIALRTrainerMixin, Trainer):
     Takes the arguments of `Trainer`; the model must have an OIALR adapter. Everything else is set in `OIALRConfig` and
     `TrainingArguments`. Source of the method: arXiv 2401.08505.
     """
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The checkpoint of the most optimizer steps that was written to its end; `None` when there is none."""
+    found = sorted(
+        (int(name.group(1)), path)
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (name := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path.is_dir()
+    )
+    for _, directory in reversed(found):
+        if _is_complete(directory):
+            return str(directory)
+        warnings.warn(f"`{directory}` was not written to its end, so it is passed over.", stacklevel=3)
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return Path(checkpoint, STATE_NAME).is_file()
 
 
 def _active_adapter(model: torch.nn.Module) -> str:

@@ -435,14 +435,6 @@ def test_the_random_state_of_the_user_is_not_touched():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_several_processes_are_refused(monkeypatch):
-    model = get_peft_model(mlp(), OIALRConfig())
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="several processes is not supported"):
-        OIALRController(model, torch.optim.SGD(model.parameters(), lr=0.01), total_steps=STEPS)
-
-
 def test_a_run_gives_no_warning():
     model = get_peft_model(mlp(), OIALRConfig(update_every=5, cutoff=0.3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)

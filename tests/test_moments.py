@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from oialr_peft.moments import OptimizerSlots, transport_first, transport_second, transport_state
+from oialr_peft.moments import (
+    OptimizerSlots,
+    empty_state,
+    moments_of,
+    transport_first,
+    transport_second,
+    transport_state,
+)
 
 
 @pytest.fixture
@@ -98,27 +105,44 @@ def test_adam_continues_after_a_swap_as_if_it_had_always_trained_the_core(amsgra
         optimizer.step()
     before = {key: torch.clone(value) for key, value in optimizer.state[old].items()}
     new.data.copy_(old.data)
-    identity = torch.eye(4, dtype=torch.float64)
-    assert OptimizerSlots(optimizer).transport(old, new, identity, identity)
+    slots = OptimizerSlots(optimizer)
+    slots.replace(old, new, slots.state_of(old))
     assert optimizer.param_groups[0]["params"] == [new]
     assert list(optimizer.state) == [new]
     for key, value in before.items():
         assert torch.equal(optimizer.state[new][key], value)
 
 
-def test_a_parameter_that_the_optimizer_does_not_train_is_left_alone(bases):
-    other = nn.Parameter(torch.zeros(2))
+def test_a_parameter_that_the_optimizer_does_not_train_is_left_alone():
+    other, foreign = nn.Parameter(torch.zeros(2)), nn.Parameter(random_matrix(6, 5))
     optimizer = torch.optim.SGD([other], lr=0.1)
-    assert OptimizerSlots(optimizer).transport(
-        nn.Parameter(random_matrix(6, 5)), nn.Parameter(torch.empty(4, 4)), *bases
-    )
+    slots = OptimizerSlots(optimizer)
+    assert slots.state_of(foreign) == {}
+    slots.replace(foreign, nn.Parameter(torch.empty(4, 4)), {})
     assert optimizer.param_groups[0]["params"] == [other]
     assert not optimizer.state
 
 
-def test_a_parameter_before_its_first_step_has_no_state_to_carry(bases):
+def test_a_parameter_before_its_first_step_has_no_state_to_carry():
     old, new = nn.Parameter(random_matrix(6, 5)), nn.Parameter(random_matrix(4, 4))
     optimizer = torch.optim.AdamW([old])
-    assert OptimizerSlots(optimizer).transport(old, new, *bases)
+    slots = OptimizerSlots(optimizer)
+    assert slots.state_of(old) == {}
+    slots.replace(old, new, {})
     assert optimizer.param_groups[0]["params"] == [new]
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Muon])
+def test_an_empty_state_to_receive_into_has_the_form_of_the_transported_one(make, bases):
+    parameter = nn.Parameter(random_matrix(6, 5))
+    optimizer = make([parameter], lr=0.1, **({"momentum": 0.9} if make is torch.optim.SGD else {}))
+    parameter.grad = random_matrix(6, 5, seed=2)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    transported, empty = transport_state(state, parameter.shape, *bases), empty_state(state, parameter.shape, 4)
+    assert list(empty) == list(transported)
+    shapes = [[(m.shape, m.dtype) for m in moments_of(found)] for found in (transported, empty)]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]
+    assert empty_state({"unknown": torch.zeros(6, 5)}, parameter.shape, 4) is None

@@ -1,0 +1,116 @@
+"""A few processes that train together over gloo, kept alive between tests: starting them takes longer than most tests."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+PATIENCE = 55.0  # seconds for one call; no test may take longer
+
+
+class ProcessFailure(Exception):
+    """An exception in one of the processes; `index` says which, `kind` its class, the message is its own."""
+
+    def __init__(self, index: int, kind: str, message: str, trace: str) -> None:
+        super().__init__(f"process {index}: {kind}: {message}\n{trace}")
+        self.index, self.kind, self.message = index, kind, message
+
+
+class ProcessPool:
+    """`count` processes in one process group; after a failure they are started again.
+
+    Args:
+        count: how many.
+        timeout: seconds that a collective waits for the other processes.
+    """
+
+    def __init__(self, count: int, timeout: float = 50.0) -> None:
+        self.count, self.timeout = count, timeout
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(*args)` in every process; what each returned, in order. Raises the first failure."""
+        outcomes = self.outcomes(function, *args)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, ProcessFailure)]
+        if failures:
+            raise failures[0]
+        return outcomes
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """As `run`, but a failure stands among the results instead of being raised."""
+        if not self._workers:
+            self._start()
+        for _, connection in self._workers:
+            connection.send((function, args))
+        outcomes = [self._answer(index) for index in range(self.count)]
+        if any(isinstance(outcome, ProcessFailure) for outcome in outcomes):
+            self.stop()
+        return outcomes
+
+    def _answer(self, index: int) -> Any:
+        process, connection = self._workers[index]
+        try:
+            if connection.poll(PATIENCE):
+                failed, value = connection.recv()
+                return ProcessFailure(index, *value) if failed else value
+            return ProcessFailure(index, "Hang", f"no answer within {PATIENCE} s", "")
+        except EOFError:
+            process.join(5)
+            return ProcessFailure(index, "Exit", f"exit status {process.exitcode}", "")
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        for index in range(self.count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(index, self.count, port, self.timeout, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def stop(self) -> None:
+        """End all processes."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+
+def _serve(index: int, count: int, port: int, timeout: float, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    # what torchrun and `accelerate launch` set
+    os.environ.update(
+        RANK=str(index),
+        LOCAL_RANK=str(index),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+        HF_HUB_OFFLINE="1",
+    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        random.seed(index)
+        torch.manual_seed(index)
+        try:
+            connection.send((False, function(*args)))
+        except Exception as error:
+            connection.send((True, (type(error).__name__, str(error), traceback.format_exc())))
