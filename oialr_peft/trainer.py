@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from oialr_peft.controller import OIALRController
 from oialr_peft.layer import OIALRLinear
@@ -173,6 +173,11 @@ class OIALRTrainerMixin(_MixinBase):
         """
         if resume_from_checkpoint is True and self.args.output_dir is not None:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+            if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is not None:
+                raise ValueError(
+                    f"No complete checkpoint found in `{self.args.output_dir}`. Start anew with "
+                    "`resume_from_checkpoint=None`."
+                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:

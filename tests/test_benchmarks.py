@@ -182,3 +182,19 @@ def test_stability_has_a_row_for_every_storage_and_distance():
         assert 0 <= numbers(row, "largest error")[0] < 0.1
     full, sketch = rows[0], rows[1]
     assert numbers(sketch, "% of the model") < numbers(full, "% of the model")
+
+
+@pytest.mark.slow
+def test_the_processes_benchmark():
+    (rows,) = tables(run("processes.py", *BERT, "--processes", "1,2"))
+    assert [(row["check"], row["processes"]) for row in rows] == [
+        (check, count) for check in ("dense check", "freezing check", "Σ update") for count in ("1", "2")
+    ]
+    for row in rows:
+        assert min(numbers(row, "wall s", "busy s", "busy / 1")) > 0
+
+
+@pytest.mark.slow
+def test_the_scaling_script():
+    for table in tables(run("scaling.py", "--model", "1b")):
+        assert table

@@ -9,7 +9,9 @@ import json
 import os
 import random
 import signal
+import warnings
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -25,11 +27,11 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import oialr_peft.controller as controller_module
 import oialr_peft.distributed as distributed_module
-from oialr_peft import OIALRConfig, OIALRController
+from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer
 from oialr_peft.basis import SKETCH_COLUMNS
 from oialr_peft.distributed import Job, Processes, longest_first
 from oialr_peft.model import adapter_layers
@@ -666,6 +668,7 @@ def test_processes_at_different_steps_stop(two):
         assert "at different optimizer steps, 3 to 4" in outcome.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["check missed", "killed"])
 def test_no_process_waits_for_ever(fault):
     pool = ProcessPool(2, timeout=4)
@@ -673,3 +676,169 @@ def test_no_process_waits_for_ever(fault):
     assert [outcome.kind != "Hang" for outcome in outcomes] == [True, True]
     assert outcomes[0].kind in ("RuntimeError", "DistBackendError", "DistNetworkError")
     pool.stop()
+
+
+# ---- the Trainer -----------------------------------------------------------------------------------------------------
+
+
+class Points(torch.utils.data.Dataset):
+    """96 images of digits with their labels, as the demo's model takes them."""
+
+    def __len__(self):
+        return 96
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return {"pixel_values": torch.randn(1, 8, 8, generator=generator), "labels": index % 10}
+
+
+class StopAfter(TrainerCallback):
+    """Ends the training after a number of optimizer steps, as a queueing system would."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def run_trainer(directory, *, stop=None, resume=None, kill=None, **settings) -> dict:
+    """12 steps of a small ViT with a global batch of 16; `kill` names the method of the Trainer to die in."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=10,
+    )
+    schedule = {"update_every": 2, "delay": 4, "stability_threshold": 0.9, "cutoff": 0.3, "max_rank_drop": 0.3}
+    model = get_peft_model(ViTForImageClassification(config), OIALRConfig(pretraining=True, **schedule))
+    defaults = {
+        "max_steps": 12,
+        "learning_rate": 5e-3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "ddp_backend": "gloo" if process_count() > 1 else None,
+        "dataloader_pin_memory": False,
+        "per_device_train_batch_size": 16 // process_count(),
+    }
+    trainer = OIALRTrainer(
+        model=model,
+        args=TrainingArguments(str(directory), **{**defaults, **settings}),
+        train_dataset=Points(),
+        callbacks=[StopAfter(stop)] if stop else None,
+    )
+    if kill is not None:
+        die_in(trainer, *kill)
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "state": state_of(model, trainer.optimizer, trainer.oialr_controller),
+        "history": [(u.step, u.stability, u.frozen, u.ranks) for u in trainer.oialr_controller.history],
+        "weights": [layer.adapter_weight("default").clone() for layer in adapter_layers(model).values()],
+        "logged": [entry for entry in trainer.state.log_history if "oialr/rank_mean" in entry],
+    }
+
+
+def die_in(trainer, method: str, save: int, process: int) -> None:
+    """Kill this process just before `method` of the Trainer runs in save number `save`, if it is that process."""
+    calls = itertools.count(1)
+    original = getattr(trainer, method)
+
+    def dying(*args, **kwargs):
+        if next(calls) == save and process_index() == process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(trainer, method, dying)
+
+
+def test_the_trainer_on_two_processes_equals_itself_on_one(two, tmp_path):
+    ours, theirs = two.run(run_trainer, tmp_path / "two")
+    assert ours["state"] == theirs["state"]
+    alone = run_trainer(tmp_path / "one")
+    assert cuts(alone["history"]) >= 3
+    assert [h[2:] for h in ours["history"]] == [h[2:] for h in alone["history"]]
+    for a, b in zip(ours["weights"], alone["weights"], strict=True):
+        assert_close(a, b, rtol=0, atol=1e-3)
+    assert len(ours["logged"]) == len(alone["logged"]) == 6
+
+
+def test_a_run_on_two_processes_resumes_exactly(two, tmp_path):
+    whole = two.run(run_trainer, tmp_path / "whole")
+    two.run(partial(run_trainer, tmp_path / "parts", stop=7))
+    resumed = two.run(partial(run_trainer, tmp_path / "parts", resume=True))
+    for a, b in zip(whole, resumed, strict=True):
+        assert a["state"] == b["state"]
+        assert a["history"] == b["history"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_resumes_on_another_number_of_processes(two, tmp_path, before, after):
+    on = {1: lambda call: [call()], 2: two.run}
+    stopped = on[before](partial(run_trainer, tmp_path, stop=6))[0]
+    # nothing is trained after the resumed step, so this is what was loaded
+    loaded = on[after](partial(run_trainer, tmp_path, resume=str(tmp_path / "checkpoint-6"), max_steps=6))[0]
+    assert loaded["state"]["parameters"] == stopped["state"]["parameters"]
+    assert loaded["state"]["bases"] == stopped["state"]["bases"]
+    assert loaded["history"] == stopped["history"]
+    whole = on[before](partial(run_trainer, tmp_path / "whole"))[0]
+    resumed = on[after](partial(run_trainer, tmp_path, resume=str(tmp_path / "checkpoint-6")))[0]
+    assert [h[2:] for h in resumed["history"]] == [h[2:] for h in whole["history"]]
+    for a, b in zip(resumed["weights"], whole["weights"], strict=True):
+        assert_close(a, b, rtol=0, atol=1e-3)
+
+
+MOMENTS_OF_A_SAVE = [
+    ("save_model", 0),
+    ("_save_optimizer_and_scheduler", 0),
+    ("_save_scaler", 0),
+    ("_save_rng_state", 0),
+    ("_save_rng_state", 1),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "process"), MOMENTS_OF_A_SAVE)
+def test_a_process_killed_in_a_save_leaves_a_checkpoint_that_resumes_exactly(two, tmp_path, method, process):
+    whole = two.run(run_trainer, tmp_path / "whole")
+    mortal = ProcessPool(2, timeout=5)
+    outcomes = mortal.outcomes(partial(run_trainer, tmp_path / "killed", kill=(method, 3, process)))
+    assert outcomes[process].kind == "Exit"
+    assert outcomes[1 - process].kind != "Hang"
+    resumed = two.run(partial(run_trainer, tmp_path / "killed", resume=True))
+    for a, b in zip(whole, resumed, strict=True):
+        assert a["state"] == b["state"]
+
+
+def kill_in_check(directory) -> None:
+    original = OIALRController._found_here
+
+    def dying(self, names, due, slots):
+        if self.steps == 8 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, names, due, slots)
+
+    OIALRController._found_here = dying
+    run_trainer(directory)
+
+
+@pytest.mark.slow
+def test_a_process_killed_in_a_check_leaves_a_checkpoint_that_resumes_exactly(two, tmp_path):
+    whole = two.run(run_trainer, tmp_path / "whole")
+    mortal = ProcessPool(2, timeout=5)
+    other, killed = mortal.outcomes(kill_in_check, tmp_path / "killed")
+    assert killed.kind == "Exit"
+    assert other.kind != "Hang"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing was left half-written
+        resumed = two.run(partial(run_trainer, tmp_path / "killed", resume=True))
+    for a, b in zip(whole, resumed, strict=True):
+        assert a["state"] == b["state"]

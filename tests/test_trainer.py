@@ -26,7 +26,7 @@ from transformers import (
 
 from oialr_peft import OIALRCallback, OIALRConfig, OIALRController, OIALRTrainer, OIALRTrainerMixin
 from oialr_peft.model import adapter_layers
-from oialr_peft.trainer import STATE_NAME
+from oialr_peft.trainer import STATE_NAME, last_complete_checkpoint
 
 STEPS = 24
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -450,3 +450,33 @@ def test_an_accelerate_loop_resumes_exactly(case, save_at, tmp_path):
         vars(u) | {"seconds": 0} for u in resumed[2].history
     ]
     shutil.rmtree(tmp_path / "state")
+
+
+@pytest.mark.parametrize("missing", ["trainer_state.json", STATE_NAME])
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path, missing):
+    trained(tmp_path, save_strategy="steps", save_steps=6)
+    complete, unfinished = tmp_path / "checkpoint-18", tmp_path / "checkpoint-24"
+    (tmp_path / "checkpoint-notes").mkdir()
+    assert last_complete_checkpoint(tmp_path) == str(unfinished)
+    (unfinished / missing).unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-24` was not written to its end"):
+        assert last_complete_checkpoint(tmp_path) == str(complete)
+    with pytest.warns(UserWarning, match="not written to its end"):
+        resumed = trained(tmp_path, resume=True)
+    assert resumed.oialr_controller.steps == STEPS
+
+
+def test_a_half_written_trainer_state_is_no_complete_checkpoint(tmp_path):
+    trained(tmp_path, save_strategy="steps", save_steps=12)
+    state = tmp_path / "checkpoint-24" / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])
+    with pytest.warns(UserWarning, match="not written to its end"):
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
+
+
+def test_resuming_without_any_checkpoint_fails_as_in_transformers(tmp_path):
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        trained(tmp_path, resume=True)
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="No complete checkpoint found"):
+        trained(tmp_path, resume=True)
