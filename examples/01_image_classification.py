@@ -156,13 +156,17 @@ def main() -> None:
         print(f"\n{name}: {len(data['train']):,} images to train on, {len(data['validation']):,} to validate with")
         seconds = trainer.train().metrics["train_runtime"] / trainer.state.global_step
         directory = Path(args.output_dir, name.lower())
-        model.save_pretrained(directory)
+        if args.process_index == 0:
+            model.save_pretrained(directory)
+        trainer.accelerator.wait_for_everyone()
         trainable = model.num_parameters(only_trainable=True)
         validation = trainer.evaluate()["eval_accuracy"]
         share = trainable / parameters
         rows.append(
             f"{name:<6}{validation:>9.2%}{trainable:>12,}{share:>9.1%}{seconds:>9.4f}{megabytes(directory):>9.2f}"
         )
+    if args.process_index > 0:
+        return
     controller = trainers["OIALR"].oialr_controller
     plot = Path(args.output_dir, "history.png")
     plot_history(controller.history, plot)

@@ -3,6 +3,7 @@
 A small vision transformer learns scikit-learn's 8×8 digits (nothing to download):
 
     python examples/02_accelerate_loop.py
+    accelerate launch --cpu --num_processes 2 examples/02_accelerate_loop.py
 """
 
 import argparse
@@ -110,13 +111,12 @@ def main() -> None:
     resumed.accelerator.load_state(str(checkpoint))
     resumed.train(args.max_steps)
 
-    print(f"\n{rank_table(resumed.model)}\n")
-    print(f"trainable parameters: {resumed.controller.history[-1].trainable_percent:.1f} % of the dense model")
-    print(
-        f"accuracy: {run.accuracy():.2%} uninterrupted, {resumed.accuracy():.2%} resumed at step {args.max_steps // 2}"
-    )
+    say = run.accelerator.print  # on the main process only
+    say(f"\n{rank_table(resumed.model)}\n")
+    say(f"trainable parameters: {resumed.controller.history[-1].trainable_percent:.1f} % of the dense model")
+    say(f"accuracy: {run.accuracy():.2%} uninterrupted, {resumed.accuracy():.2%} resumed at step {args.max_steps // 2}")
     same = all(torch.equal(a, b) for a, b in zip(run.model.parameters(), resumed.model.parameters(), strict=True))
-    print(f"weights equal bit for bit: {same}")
+    say(f"weights equal bit for bit: {same}")
 
 
 if __name__ == "__main__":

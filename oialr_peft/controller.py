@@ -133,7 +133,7 @@ class OIALRController:
 
     Raises:
         ValueError: the model has no such adapter, the optimizer does not train it, or the configured steps do not fit
-            into `total_steps`; or the engine that trains the model cannot follow changes of rank, see `docs/scaling.md`.
+            into `total_steps`; or the engine that trains the model cannot follow changes of rank, see `docs/distributed.md`.
     """
 
     def __init__(
