@@ -11,15 +11,20 @@ events. A check at step t (t a multiple of ν):
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Size, Tensor, nn
 from torch.optim import Optimizer
@@ -43,8 +48,19 @@ from oialr_peft.layer import OIALRLinear
 from oialr_peft.model import adapter_layers
 from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, moments_of, transport_state
 from oialr_peft.schedule import Schedule, rank_of, steps_of
+from oialr_peft.sharding import (
+    empty_whole,
+    is_sharded,
+    like_shards_of,
+    local,
+    reshard_idle,
+    shard_new_parameters,
+    whole,
+)
 
 logger = logging.getLogger(__name__)
+
+RANKS_NAME = "oialr_ranks.json"
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,14 @@ class _Outcome:
         return replace(self, factors=Factors(u, torch.diag(singular_values), vh), state=state)
 
 
+class _Whole(NamedTuple):
+    """The whole tensors of a sharded layer, on the process that decomposes it."""
+
+    matrix: Tensor
+    factors: Factors | None
+    state: dict[str, Any]
+
+
 class OIALRController:
     """Runs the method on a model with an OIALR adapter: `step()` once after each optimizer step.
 
@@ -155,6 +179,8 @@ class OIALRController:
         self._require_trained_by_optimizer()
         self._device = next(iter(self._trained.values())).device
         self._processes = Processes.of(model, self._device)
+        self._sharded = is_sharded(model)
+        self._whole: dict[str, _Whole] = {}
         if self._processes is not None:
             settings = [self.config.to_dict(), total_steps, {name: str(layer) for name, layer in self.layers.items()}]
             self._processes.require_same("The configuration", settings)
@@ -185,6 +211,7 @@ class OIALRController:
         started = time.perf_counter()
         self._require_unchanged_parameters()
         refuse_join(self.model)
+        reshard_idle(self.model)
         self._require_finite_everywhere()
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             stability, frozen, ranks = self._check(OptimizerSlots(self.optimizer))
@@ -235,15 +262,18 @@ class OIALRController:
         if self._processes is None:
             yield from self._found_here(names, due, slots)
             return
-        jobs = [Job(name, *_shape_and_size(self._matrix(name))) for name in names]
+        jobs = [Job(name, self._shape_of(name), compute_dtype(self._trained[name]).itemsize) for name in names]
         for shares in self._processes.rounds(jobs):
             mine = [job.name for job, owner in shares if owner == self._processes.index]
+            if self._sharded:
+                self._gather([job.name for job, _ in shares], set(mine), slots)
             found: dict[str, _Outcome] = {}
             failure = None
             try:
                 found = {outcome.name: outcome for outcome in self._found_here(mine, due, slots)}
             except Exception as error:  # raised below, when the other processes know of it
                 failure = error
+            self._whole.clear()
             yield from self._exchanged(shares, found, failure, due, slots)
 
     def _found_here(self, names: list[str], due: set[str], slots: OptimizerSlots) -> Iterator[_Outcome]:
@@ -319,14 +349,14 @@ class OIALRController:
             found = SVD(rotation.p, rotation.singular_values, rotation.q.mT)
             factors = factors_of(found, old.dtype)
         else:
-            factors = rotate(self.layers[name].factors(self.adapter_name), rotation)
+            factors = rotate(self._factors(name), rotation)
         size = self._size_for(name, factors.rank)
         # zero rows and columns: the state of the dropped directions of a masked layer becomes zero, its shape stays
         p, q = (
             nn.functional.pad(side, (0, size - side.shape[1], 0, rows - side.shape[0]))
             for side, rows in zip((rotation.p, rotation.q), old.shape, strict=True)
         )
-        state = transport_state(slots.state_of(old), old.shape, p, q)
+        state = transport_state(self._state(name, slots), old.shape, p, q)
         return _Outcome(name, None, None, factors, state, self._rank_before(name) if due else None)
 
     def _apply(self, outcome: _Outcome, slots: OptimizerSlots) -> None:
@@ -338,8 +368,16 @@ class OIALRController:
         old = self._trained[name]
         size = self._size_for(name, outcome.factors.rank)
         self._bases.pop(name, None)
-        self._trained[name] = self.layers[name].set_factors(self.adapter_name, outcome.factors, size=size)
-        slots.replace(old, self._trained[name], outcome.state)
+        layer, state = self.layers[name], outcome.state
+        layer.set_factors(self.adapter_name, outcome.factors, size=size)
+        self._shard(layer)
+        if self._sharded:
+            sigma = layer.trained_parameter(self.adapter_name)
+            state = state and {
+                key: like_shards_of(sigma, value) if is_moment(value) else value for key, value in state.items()
+            }
+        self._trained[name] = layer.trained_parameter(self.adapter_name)
+        slots.replace(old, self._trained[name], state)
         if outcome.state is None and not self._reset_warned:
             self._reset_warned = True
             warnings.warn(
@@ -349,14 +387,26 @@ class OIALRController:
                 stacklevel=4,
             )
 
+    def _shard(self, layer: OIALRLinear) -> None:
+        """With FSDP, shard the parameters that were made for this layer."""
+        if self._sharded:
+            shard_new_parameters(self.model, [layer.oialr_weight, layer.oialr_u, layer.oialr_sigma, layer.oialr_vh])
+
     def _is_dense(self, name: str) -> bool:
         return self.layers[name].is_dense(self.adapter_name)
 
     def _matrix(self, name: str) -> Tensor:
         """What is decomposed: W in the dense phase, Σ (r, r) in the factored one."""
-        if self._is_dense(name):
-            return self._trained[name].detach()
-        return self.layers[name].factors(self.adapter_name).sigma
+        if name in self._whole:
+            return self._whole[name].matrix
+        return self._trained[name].detach() if self._is_dense(name) else self._factors(name).sigma
+
+    def _factors(self, name: str) -> Factors:
+        factors = self._whole[name].factors if name in self._whole else None
+        return factors or self.layers[name].factors(self.adapter_name)
+
+    def _state(self, name: str, slots: OptimizerSlots) -> dict[str, Any]:
+        return self._whole[name].state if name in self._whole else slots.state_of(self._trained[name])
 
     def _rank_before(self, name: str) -> int:
         """The rank before a Σ update: just after a dense layer is factored, it has its full one."""
@@ -369,7 +419,26 @@ class OIALRController:
             return rank
         return self.layers[name].full_rank[self.adapter_name] if self._is_dense(name) else self._trained[name].shape[0]
 
+    def _shape_of(self, name: str) -> tuple[int, int]:
+        layer, rank = self.layers[name], self.layers[name].rank(self.adapter_name)
+        return (layer.out_features, layer.in_features) if self._is_dense(name) else (rank, rank)
+
     # ---- several processes -------------------------------------------------------------------------------------------
+
+    def _gather(self, names: list[str], mine: set[str], slots: OptimizerSlots) -> None:
+        """The whole tensors of sharded layers, one layer after another; each process keeps those that it decomposes."""
+        for name in names:
+            factors = None
+            if self._is_dense(name):
+                matrix = whole(self._trained[name].detach())
+            else:
+                factors = self.layers[name].factors(self.adapter_name)
+                matrix = factors.sigma
+            state = slots.state_of(self._trained[name])
+            if factors or self.schedule.freezes(self._steps, 1.0):
+                state = {key: whole(value) if is_moment(value) else value for key, value in state.items()}
+            if name in mine:
+                self._whole[name] = _Whole(matrix, factors, state)
 
     def _exchanged(
         self,
@@ -419,13 +488,14 @@ class OIALRController:
             shape = kept_shape((m, n), self.config.stability_storage)
             dtype = torch.bfloat16 if self.config.stability_storage == "bf16" else compute_dtype(old)
             return _Outcome(name, measured, torch.empty(shape, dtype=dtype, device=old.device))
-        factors = Factors(old.new_empty(m, rank), old.new_empty(rank, rank), old.new_empty(rank, n))
-        state = empty_state(slots.state_of(old), old.shape, self._size_for(name, rank))
+        empty = partial(torch.empty, dtype=old.dtype, device=old.device)
+        factors = Factors(empty(m, rank), empty(rank, rank), empty(rank, n))
+        state = empty_state(empty_whole(slots.state_of(old)), old.shape, self._size_for(name, rank))
         return _Outcome(name, measured, None, factors, state, self._rank_before(name) if due else None)
 
     def _require_finite_everywhere(self) -> None:
         """Raise on every process when one of them holds NaN or Inf, or is at another step."""
-        name = first_not_finite(self._trained)
+        name = first_not_finite({name: local(parameter) for name, parameter in self._trained.items()})
         if self._processes is not None:
             names = list(self._trained)
             position = len(names) if name is None else names.index(name)
@@ -477,6 +547,68 @@ class OIALRController:
             for update in state_dict["history"]
         ]
 
+    def register(self, accelerator: Accelerator) -> None:
+        """Make `accelerator.save_state` include the schedule, and phases and ranks for `match`.
+
+        Without FSDP, `accelerator.register_for_checkpointing(controller)` is enough.
+        """
+
+        def save_ranks(models: list[nn.Module], weights: list[dict[str, Tensor]], output_dir: str) -> None:
+            if accelerator.is_main_process:
+                Path(output_dir, RANKS_NAME).write_text(json.dumps(self._stored_ranks()), encoding="utf-8")
+
+        accelerator.register_for_checkpointing(self)
+        accelerator.register_save_state_pre_hook(save_ranks)
+
+    def match(self, directory: str | os.PathLike[str]) -> None:
+        """Give every layer the phase and rank that it has in a directory that `accelerator.save_state` wrote.
+
+        With FSDP, call it before `accelerator.load_state(directory)`: shards are loaded into parameters of their shape.
+
+        Raises:
+            ValueError: the directory holds no ranks, or those of other layers.
+        """
+        file = Path(directory, RANKS_NAME)
+        if not file.is_file():
+            raise ValueError(
+                f"`{directory}` has no {RANKS_NAME}. Call `controller.register(accelerator)` before "
+                "`accelerator.save_state`."
+            )
+        self._match_ranks(json.loads(file.read_text(encoding="utf-8")))
+
+    def _stored_ranks(self) -> dict[str, list[int] | None]:
+        """By name, the rank and the number of stored directions; `None` for dense layers."""
+        return {
+            name: None if self._is_dense(name) else [layer.rank(self.adapter_name), self._trained[name].shape[0]]
+            for name, layer in self.layers.items()
+        }
+
+    def _match_ranks(self, stored: dict[str, list[int] | None]) -> None:
+        """Give every layer the phase and rank that a checkpoint has; the values are loaded afterwards."""
+        if stored.keys() != self.layers.keys():
+            raise ValueError(
+                "The saved state is of other layers than those of this model. Load it into the same model."
+            )
+        slots = OptimizerSlots(self.optimizer)
+        for name, ranks in stored.items():
+            layer, old = self.layers[name], self._trained[name]
+            m, n = layer.out_features, layer.in_features
+            zeros = partial(torch.zeros, dtype=old.dtype, device=old.device)
+            if ranks is None:
+                if not self._is_dense(name):
+                    layer.set_dense(self.adapter_name, zeros(m, n))
+            elif self._is_dense(name) or old.shape[0] != ranks[1]:
+                rank, size = ranks
+                empty = Factors(zeros(m, rank), zeros(rank, rank), zeros(rank, n))
+                layer.set_factors(self.adapter_name, empty, size=size)
+            if ranks is not None:
+                layer.ranks[self.adapter_name] = ranks[0]
+            self._shard(layer)
+            self._trained[name] = layer.trained_parameter(self.adapter_name)
+            if self._trained[name] is not old:
+                slots.replace(old, self._trained[name], {})
+        refresh_reducers(self.model)
+
     def _put_current_parameters_into_optimizer(self) -> None:
         slots = OptimizerSlots(self.optimizer)
         for name, layer in self.layers.items():
@@ -507,7 +639,7 @@ class OIALRController:
 
     def _require_finite(self) -> None:
         for name, parameter in self._trained.items():
-            if not bool(torch.isfinite(parameter).all()):
+            if not bool(torch.isfinite(local(parameter)).all()):
                 raise ValueError(
                     f"The adapter's weight of `{name}` holds NaN or Inf. If its configuration was read from a saved "
                     "adapter, load the weights too (PeftModel.from_pretrained), or set `rank_pattern` and "
@@ -624,7 +756,3 @@ def _schedule_of(config: OIALRConfig, total_steps: int) -> Schedule:
         layers_per_update=config.layers_per_update,
         threshold=None if config.freeze_when == "delay" else config.stability_threshold,
     )
-
-
-def _shape_and_size(matrix: Tensor) -> tuple[tuple[int, int], int]:
-    return (matrix.shape[0], matrix.shape[1]), compute_dtype(matrix).itemsize

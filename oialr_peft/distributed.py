@@ -14,13 +14,14 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from oialr_peft.decompositions import WORKSPACE_BYTES
+from oialr_peft.sharding import is_sharded, sharding_group
 
 _COPIES = 8  # of a matrix that its decomposition and the result hold together
 
@@ -66,6 +67,8 @@ class Processes:
     @classmethod
     def of(cls, model: nn.Module, device: torch.device) -> Self | None:
         """Those that train `model`; `None` when it is one alone."""
+        if is_sharded(model):
+            return cls(sharding_group(model), device)
         wrappers = data_parallel_wrappers(model)
         if wrappers and wrappers[0].process_group.size() > 1:
             return cls(wrappers[0].process_group, device)
@@ -154,7 +157,13 @@ def require_supported_engine(model: nn.Module, optimizer: Optimizer) -> None:
     wrappers = data_parallel_wrappers(model)
     for wrapper in wrappers:
         _refuse_options(wrapper)
-    if not wrappers and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if (
+        not wrappers
+        and not is_sharded(model)
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+    ):
         raise ValueError(
             f"Training runs on {dist.get_world_size()} processes, but the model is not wrapped for it, so each would "
             "train its own. Pass the model as `accelerator.prepare` or DistributedDataParallel returned it, or use "
@@ -181,17 +190,18 @@ def _refuse_other_engines(model: nn.Module, optimizer: Optimizer) -> None:
                 "nn.DataParallel copies the model at every step. Start one process per GPU instead: "
                 "`accelerate launch train.py`, or `torchrun --nproc_per_node=N train.py`."
             )
-        if isinstance(module, (FullyShardedDataParallel, FSDPModule)):
+        if isinstance(module, FullyShardedDataParallel):
             raise ValueError(
-                "FSDP shards parameters by the shapes that they have at first, so ranks cannot change. Train with "
-                "DistributedDataParallel: `accelerate launch --multi_gpu`."
+                "FSDP1 joins parameters to flat ones, in which a layer cannot change its rank. Use FSDP2: "
+                "`fsdp_version: 2` in the configuration of Accelerate, or `fully_shard`."
             )
 
 
 def _refuse_scattered_parameters(model: nn.Module) -> None:
     devices = set()
+    sharded = is_sharded(model)
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) and not sharded:
             raise ValueError(
                 f"`{name}` is split over processes (tensor parallelism), so its basis cannot be computed. Load the "
                 "model without `tp_plan`, and train with DistributedDataParallel."

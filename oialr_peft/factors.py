@@ -296,6 +296,7 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with NaN or Inf; waits for the device once, however many there are."""
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel() > 0}
     if not tensors:
         return None
     largest = [largest_entry(tensor.detach()).float() for tensor in tensors.values()]

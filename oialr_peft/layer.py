@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, compute_dtype, factorize
 from oialr_peft.ops import Route, build, built_linear, cheapest_route, factored_linear, fold, folded_linear
 from oialr_peft.schedule import rank_of
+from oialr_peft.sharding import like_shards_of, whole
 
 NOISE = 0.5  # of the weight's own scale, for `init_weights=False`
 FACTOR_NAMES = r".*oialr_(u|sigma|vh)\b.*"  # a regular expression for what torch.compile calls our factors
@@ -210,9 +212,12 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         return self.oialr_weight[adapter_name] if self.is_dense(adapter_name) else self.oialr_sigma[adapter_name]
 
     def factors(self, adapter_name: str) -> Factors:
-        """The factors in use, detached: u (m, r), sigma (r, r), vh (r, n), cut to the rank."""
+        """The factors in use, detached: u (m, r), sigma (r, r), vh (r, n), cut to the rank.
+
+        Sharded ones are gathered: every process must call this.
+        """
         containers = (self.oialr_u, self.oialr_sigma, self.oialr_vh)
-        stored = Factors(*(container[adapter_name].detach() for container in containers))
+        stored = Factors(*(whole(container[adapter_name].detach()) for container in containers))
         return stored.cut(self.ranks[adapter_name])
 
     def set_factors(self, adapter_name: str, factors: Factors, *, size: int | None = None) -> nn.Parameter:
@@ -309,7 +314,8 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             names = ("oialr_weight", "oialr_u", "oialr_sigma", "oialr_vh")
             keys = {name: f"{prefix}{name}.{adapter_name}" for name in names}
             tensors = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
-            if tensors:
+            # shards, and placeholders of what another process loads, come in the model's own shapes
+            if tensors and not any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in tensors.values()):
                 self.match_checkpoint(adapter_name, tensors)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -585,7 +591,7 @@ def _store(container: nn.ParameterDict, adapter_name: str, value: Tensor, *, req
     """Overwrite the parameter in place when the shape fits, else put a new one."""
     if adapter_name in container and container[adapter_name].shape == value.shape:
         with torch.no_grad():
-            container[adapter_name].copy_(value)
+            container[adapter_name].copy_(like_shards_of(container[adapter_name], value))
     else:
         container[adapter_name] = nn.Parameter(value.contiguous(), requires_grad=requires_grad)
 

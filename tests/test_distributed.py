@@ -12,18 +12,23 @@ import signal
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from peft import get_peft_model
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from peft import PeftModel, get_peft_model
 from processes import ProcessPool
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +40,7 @@ from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer
 from oialr_peft.basis import SKETCH_COLUMNS
 from oialr_peft.distributed import Job, Processes, longest_first
 from oialr_peft.model import adapter_layers
+from oialr_peft.sharding import whole
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,7 @@ def process_count() -> int:
 def digest(tensors) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
+        tensor = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
         found.update(repr((tensor.shape, tensor.dtype)).encode())
         found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
@@ -112,6 +119,14 @@ def batch_of(generator, size=16, width=12, dtype=torch.float64):
     return x, torch.randint(0, 3, (size,), generator=generator)
 
 
+def shard(model, *, units=("up", "middle"), **options):
+    """`fully_shard` for some layers and for the rest."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name in units:
+        fully_shard(getattr(model.base_model.model, name), mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
 def train(settings, options=None) -> dict:
     """A run of the tower on this process's share of every batch; `options` say how."""
     options = {"steps": 24, "dtype": torch.float64, "optimizer": "adamw", "tower": {}, "ddp": {}, **(options or {})}
@@ -122,7 +137,11 @@ def train(settings, options=None) -> dict:
         autocast_adapter_dtype=False,
     )
     index, count = process_index(), process_count()
-    wrapped = DistributedDataParallel(model, **options["ddp"]) if count > 1 else model
+    wrapped = model
+    if count > 1:
+        wrapped = (
+            shard(model, **options["fsdp"]) if "fsdp" in options else DistributedDataParallel(model, **options["ddp"])
+        )
     make = {
         "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
         "sgd": lambda p: torch.optim.SGD(p, lr=5e-2, momentum=0.9),
@@ -136,7 +155,9 @@ def train(settings, options=None) -> dict:
         for micro in range(accumulate):
             x, y = batch_of(generator, options.get("batch", 16), dtype=options["dtype"])
             last = micro == accumulate - 1
-            with contextlib.nullcontext() if last or count == 1 else wrapped.no_sync():
+            if "fsdp" in options and count > 1:
+                wrapped.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or count == 1 or "fsdp" in options else wrapped.no_sync():
                 with torch.autocast("cpu", torch.bfloat16, enabled=options.get("autocast", False)):
                     loss = nn.functional.cross_entropy(wrapped(x[index::count]).float(), y[index::count])
                 (loss / accumulate).backward()
@@ -145,12 +166,12 @@ def train(settings, options=None) -> dict:
         losses.append(loss.item())
         if controller.step() is not None:
             states.append(state_of(model, optimizer, controller))
-            reducers.append(id(wrapped.reducer) if count > 1 else 0)
+            reducers.append(id(wrapped.reducer) if isinstance(wrapped, DistributedDataParallel) else 0)
     return {
         "states": states,
         "losses": losses,
         "reducers": reducers,
-        "weights": {name: layer.adapter_weight("default") for name, layer in adapter_layers(model).items()},
+        "weights": {name: whole(layer.adapter_weight("default")) for name, layer in adapter_layers(model).items()},
         "history": [(u.step, u.stability, u.frozen, u.ranks) for u in controller.history],
     }
 
@@ -247,6 +268,30 @@ def test_every_mode_trains_as_one_process_does(two, settings):
     assert [ranks for *_, ranks in results[0]["history"]] == [ranks for *_, ranks in alone["history"]]
     for name, weight in alone["weights"].items():
         assert_close(results[0]["weights"][name], weight, rtol=0, atol=1e-9)
+
+
+FSDP_OPTIONS = [
+    {"fsdp": {}},
+    {"fsdp": {"reshard_after_forward": False}},
+    {"fsdp": {"units": ()}},
+    {"fsdp": {}, "accumulate": 3},
+    {"fsdp": {}, "tower": {"recompute": True}},
+    {"fsdp": {}, "optimizer": "sgd"},
+    {"fsdp": {}, "batch": 2000, "steps": 12},
+]
+
+
+@pytest.mark.parametrize("shrink", ["physical", "mask"])
+@pytest.mark.parametrize("options", FSDP_OPTIONS, ids=str)
+def test_sharded_parameters_train_as_one_process_does(two, options, shrink):
+    settings = {**STABLE, "shrink": shrink}
+    results = two.run(train, settings, options)
+    assert_equal_processes(results)
+    alone = train(settings, options)
+    assert [ranks for *_, ranks in results[0]["history"]] == [ranks for *_, ranks in alone["history"]]
+    for name, weight in alone["weights"].items():
+        assert_close(results[0]["weights"][name], weight, rtol=0, atol=1e-9)
+    assert cuts(alone["history"]) >= 3
 
 
 def random_schedule(seed: int) -> tuple[dict, dict]:
@@ -521,10 +566,6 @@ def make_fsdp1():
     controlled(FullyShardedDataParallel(tower(), device_id=torch.device("cpu"), use_orig_params=True))
 
 
-def make_fsdp2():
-    controlled(fully_shard(tower(), mesh=init_device_mesh("cpu", (dist.get_world_size(),))))
-
-
 def make_tensor_parallel():
     model = tower()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -551,8 +592,7 @@ REFUSED = [
     (make_static_graph, "`static_graph=True` fixes the set of parameters"),
     (make_power_sgd, "PowerSGD hook keeps errors of the old shapes"),
     (make_zero, "ZeroRedundancyOptimizer spreads the optimizer state"),
-    (make_fsdp1, "FSDP shards parameters"),
-    (make_fsdp2, "FSDP shards parameters"),
+    (make_fsdp1, "FSDP1 joins parameters to flat ones"),
     (make_tensor_parallel, "tensor parallelism"),
     (make_different_settings, "The configuration differs between the 2 processes"),
     (make_different_lengths, "The configuration differs between the 2 processes"),
@@ -842,3 +882,98 @@ def test_a_process_killed_in_a_check_leaves_a_checkpoint_that_resumes_exactly(tw
         resumed = two.run(partial(run_trainer, tmp_path / "killed", resume=True))
     for a, b in zip(whole, resumed, strict=True):
         assert a["state"] == b["state"]
+
+
+# ---- FSDP2 through Accelerate ----------------------------------------------------------------------------------------
+
+
+def sharded_accelerator(kind: str = "FULL_STATE_DICT", **options) -> Accelerator:
+    """Accelerate offers FSDP on accelerators only; what follows does not depend on the device."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    accelerator = Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        **{
+            "fsdp_version": 2,
+            "auto_wrap_policy": "transformer_based_wrap",
+            "transformer_cls_names_to_wrap": ["ViTLayer"],
+            "state_dict_type": kind,
+            "cpu_ram_efficient_loading": False,
+            "reshard_after_forward": True,
+            **options,
+        }
+    )
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def run_sharded(directory, kind, shrink, *, start=0, stop=20, save=None, **options) -> dict:
+    """The demo's model from step `start`, which is loaded, to `stop`; saved at `save`."""
+    accelerator = sharded_accelerator(kind, **options)
+    torch.manual_seed(0)
+    settings = {"delay": 4, "update_every": 4, "stability_threshold": 0.991, "cutoff": 0.1, "max_rank_drop": 0.2}
+    model = get_peft_model(demo_model().double(), OIALRConfig(pretraining=True, shrink=shrink, **settings))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    controller = OIALRController(wrapped, optimizer, total_steps=20)
+    controller.register(accelerator)
+    if start:
+        controller.match(directory)
+        accelerator.load_state(str(directory))
+    for step in range(start, stop):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(32, 1, 8, 8, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 10, (32,), generator=generator)
+        index, count = process_index(), process_count()
+        accelerator.backward(wrapped(pixel_values=x[index::count], labels=y[index::count]).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step()
+        if step + 1 == save:
+            accelerator.save_state(str(directory))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(wrapped, options=options)
+    if save and process_index() == 0:
+        model.save_pretrained(Path(directory, "adapter"), state_dict=state)
+    return {
+        "state": state_of(model, optimizer.optimizer, controller),
+        "history": [(u.step, u.stability, u.frozen, u.ranks) for u in controller.history],
+        "held": sum(p.to_local().numel() for p in wrapped.parameters()),
+        "parameters": sum(p.numel() for p in wrapped.parameters()),
+        "ranks": {name: layer.rank("default") for name, layer in controller.layers.items()},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shrink", ["physical", "mask"])
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_sharded_run_resumes_exactly_and_loads_into_one_process(two, tmp_path, kind, shrink):
+    whole_run = two.run(partial(run_sharded, tmp_path / "whole", kind, shrink))
+    stopped = two.run(partial(run_sharded, tmp_path / "parts", kind, shrink, stop=13, save=13))
+    resumed = two.run(partial(run_sharded, tmp_path / "parts", kind, shrink, start=13))
+    for a, b in zip(whole_run, resumed, strict=True):
+        assert a["state"] == b["state"]
+        assert a["history"] == b["history"]
+    assert whole_run[0]["state"] == whole_run[1]["state"]
+    assert cuts(whole_run[0]["history"]) >= 5
+    assert max(part["held"] for part in whole_run) <= 0.51 * whole_run[0]["parameters"]
+
+    torch.manual_seed(0)
+    model = get_peft_model(demo_model().double(), OIALRConfig(pretraining=True))
+    file = tmp_path / "parts" / "pytorch_model_fsdp.bin"
+    if kind == "SHARDED_STATE_DICT":
+        file = tmp_path / "merged.pt"
+        dcp_to_torch_save(tmp_path / "parts" / "pytorch_model_fsdp_0", file)
+    loaded = torch.load(file, weights_only=True)
+    model.load_state_dict(loaded.get("model", loaded))
+    assert {name: layer.rank("default") for name, layer in adapter_layers(model).items()} == stopped[0]["ranks"]
+    model.save_pretrained(tmp_path / "adapter")
+    alone = PeftModel.from_pretrained(demo_model().double(), tmp_path / "adapter")
+    shards = PeftModel.from_pretrained(demo_model().double(), tmp_path / "parts" / "adapter")
+    for (name, layer), other in zip(adapter_layers(alone).items(), adapter_layers(shards).values(), strict=True):
+        rank = stopped[0]["ranks"][name]
+        if not layer.is_dense("default"):
+            assert layer.oialr_sigma["default"].shape == (rank, rank)
+        assert torch.equal(layer.adapter_weight("default"), other.adapter_weight("default"))
