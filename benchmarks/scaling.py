@@ -257,8 +257,8 @@ def check_seconds(kind: str, shapes: Shapes, run: Run, cluster: Cluster) -> floa
     moved = float(sum(sent_bytes(kind, m, n, run) for m, n in shapes.targets))
     if run.sharded:
         dense = run.weight_bytes * sum(m * n for m, n in shapes.targets)
-        # each weight goes to one process; in a freeze its two moments as well
-        moved += {"dense": dense, "freeze": 3 * dense, "update": moved}[kind] / run.gpus
+        # each weight is gathered by all processes; in a freeze its two moments as well
+        moved += {"dense": dense, "freeze": 3 * dense, "update": moved}[kind]
     return busiest + moved * (run.gpus - 1) / run.gpus / cluster.link(run.gpus)
 
 

@@ -12,9 +12,10 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -194,9 +195,31 @@ class OIALRTrainerMixin(_MixinBase):
         super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed_from = checkpoint
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self._resumed_from = None
-        return super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            if self.args.load_best_model_at_end:
+                raise ValueError(
+                    "`load_best_model_at_end` cannot bring back the ranks of the best checkpoint into sharded "
+                    "parameters. Leave it out, and load the best checkpoint with PeftModel.from_pretrained."
+                )
+            if resume_from_checkpoint is not None:
+                # while parameters are whole: shards are made of the checkpoint's ranks
+                model = cast(PeftModel, self.model)
+                model.load_adapter(resume_from_checkpoint, _active_adapter(model), is_trainable=True)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; see `Trainer.save_model`. With FSDP, whole tensors are saved with either kind of state."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            state_dict = self.accelerator.get_state_dict(self.model)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=state_dict)
 
 
 class OIALRTrainer(OIALRTrainerMixin, Trainer):

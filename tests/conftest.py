@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from processes import ProcessPool
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -194,3 +195,11 @@ def vit(make_model: Callable[..., nn.Module]) -> nn.Module:
 def t5(make_model: Callable[..., nn.Module]) -> nn.Module:
     """A T5: encoder, decoder and output share one embedding."""
     return make_model("t5")
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[ProcessPool]:
+    """Two processes in one process group, which run what a test gives them."""
+    pool = ProcessPool(2)
+    yield pool
+    pool.stop()

@@ -2,194 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
 import json
 import os
 import random
 import signal
 import warnings
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
-from peft import PeftModel, get_peft_model
+from accelerate import Accelerator
+from peft import get_peft_model
 from processes import ProcessPool
+from runs import (
+    STABLE,
+    Tower,
+    assert_equal_processes,
+    cuts,
+    demo_model,
+    process_count,
+    run_trainer,
+    state_of,
+    train,
+)
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import oialr_peft.controller as controller_module
 import oialr_peft.distributed as distributed_module
-from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer
+from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.basis import SKETCH_COLUMNS
 from oialr_peft.distributed import Job, Processes, longest_first
 from oialr_peft.model import adapter_layers
-from oialr_peft.sharding import whole
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ProcessPool]:
-    pool = ProcessPool(2)
-    yield pool
-    pool.stop()
-
-
-# ---- what runs in every process --------------------------------------------------------------------------------------
-
-
-class Tower(nn.Module):
-    """A tall, a square and a wide layer, and a head; one more layer that only every other step uses, if asked for."""
-
-    def __init__(self, width: int = 12, recompute: bool = False, sometimes: bool = False) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, 16)
-        self.middle = nn.Linear(16, 16, bias=False)
-        self.down = nn.Linear(16, 10)
-        self.extra = nn.Linear(10, 10) if sometimes else None
-        self.head = nn.Linear(10, 3)
-        self.recompute = recompute
-        self.calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.up(x))
-        x = checkpoint(self._inner, x, use_reentrant=False) if self.recompute else self._inner(x)
-        self.calls += 1
-        if self.extra is not None and self.calls % 2:
-            x = torch.tanh(self.extra(x))
-        return self.head(x)
-
-    def _inner(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.down(torch.tanh(self.middle(x))))
-
-
-def process_index() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def process_count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def digest(tensors) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
-        found.update(repr((tensor.shape, tensor.dtype)).encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def state_of(model, optimizer, controller) -> dict:
-    """Everything that must be equal in all processes, as digests and numbers."""
-    moments = [
-        torch.as_tensor(value)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        for _, value in sorted(optimizer.state.get(parameter, {}).items())
-    ]
-    state = controller.state_dict()
-    update = controller.history[-1] if controller.history else None
-    return {
-        "parameters": digest(model.parameters()),
-        "moments": digest(moments),
-        "bases": digest([state["bases"][name] for name in sorted(state["bases"])]),
-        "update": None if update is None else (update.step, update.stability, update.frozen, update.ranks),
-        "trainable": None if update is None else update.trainable,
-    }
-
-
-def batch_of(generator, size=16, width=12, dtype=torch.float64):
-    x = torch.randn(size, width, generator=generator, dtype=torch.float64).to(dtype)
-    return x, torch.randint(0, 3, (size,), generator=generator)
-
-
-def shard(model, *, units=("up", "middle"), **options):
-    """`fully_shard` for some layers and for the rest."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for name in units:
-        fully_shard(getattr(model.base_model.model, name), mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
-
-
-def train(settings, options=None) -> dict:
-    """A run of the tower on this process's share of every batch; `options` say how."""
-    options = {"steps": 24, "dtype": torch.float64, "optimizer": "adamw", "tower": {}, "ddp": {}, **(options or {})}
-    torch.manual_seed(0)
-    model = get_peft_model(
-        Tower(**options["tower"]).to(options["dtype"]),
-        OIALRConfig(**{"exclude_modules": ["head"], "pretraining": True, **settings}),
-        autocast_adapter_dtype=False,
-    )
-    index, count = process_index(), process_count()
-    wrapped = model
-    if count > 1:
-        wrapped = (
-            shard(model, **options["fsdp"]) if "fsdp" in options else DistributedDataParallel(model, **options["ddp"])
-        )
-    make = {
-        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
-        "sgd": lambda p: torch.optim.SGD(p, lr=5e-2, momentum=0.9),
-    }
-    optimizer = make[options["optimizer"]](model.parameters())
-    controller = OIALRController(wrapped, optimizer, total_steps=options["steps"])
-    generator = torch.Generator().manual_seed(5)
-    accumulate = options.get("accumulate", 1)
-    states, losses, reducers = [], [], []
-    for _ in range(options["steps"]):
-        for micro in range(accumulate):
-            x, y = batch_of(generator, options.get("batch", 16), dtype=options["dtype"])
-            last = micro == accumulate - 1
-            if "fsdp" in options and count > 1:
-                wrapped.set_requires_gradient_sync(last)
-            with contextlib.nullcontext() if last or count == 1 or "fsdp" in options else wrapped.no_sync():
-                with torch.autocast("cpu", torch.bfloat16, enabled=options.get("autocast", False)):
-                    loss = nn.functional.cross_entropy(wrapped(x[index::count]).float(), y[index::count])
-                (loss / accumulate).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=options.get("set_to_none", True))
-        losses.append(loss.item())
-        if controller.step() is not None:
-            states.append(state_of(model, optimizer, controller))
-            reducers.append(id(wrapped.reducer) if isinstance(wrapped, DistributedDataParallel) else 0)
-    return {
-        "states": states,
-        "losses": losses,
-        "reducers": reducers,
-        "weights": {name: whole(layer.adapter_weight("default")) for name, layer in adapter_layers(model).items()},
-        "history": [(u.step, u.stability, u.frozen, u.ranks) for u in controller.history],
-    }
-
-
-STABLE = {"delay": 4, "update_every": 2, "stability_threshold": 0.9, "cutoff": 0.3}
-
-
-def assert_equal_processes(results):
-    first = results[0]["states"]
-    assert first
-    for other in results[1:]:
-        for ours, theirs in zip(first, other["states"], strict=True):
-            assert ours == theirs
-
-
-def cuts(history) -> int:
-    return sum(before > after for _, _, _, ranks in history for before, after in ranks.values())
-
 
 # ---- equality --------------------------------------------------------------------------------------------------------
 
@@ -270,30 +121,6 @@ def test_every_mode_trains_as_one_process_does(two, settings):
         assert_close(results[0]["weights"][name], weight, rtol=0, atol=1e-9)
 
 
-FSDP_OPTIONS = [
-    {"fsdp": {}},
-    {"fsdp": {"reshard_after_forward": False}},
-    {"fsdp": {"units": ()}},
-    {"fsdp": {}, "accumulate": 3},
-    {"fsdp": {}, "tower": {"recompute": True}},
-    {"fsdp": {}, "optimizer": "sgd"},
-    {"fsdp": {}, "batch": 2000, "steps": 12},
-]
-
-
-@pytest.mark.parametrize("shrink", ["physical", "mask"])
-@pytest.mark.parametrize("options", FSDP_OPTIONS, ids=str)
-def test_sharded_parameters_train_as_one_process_does(two, options, shrink):
-    settings = {**STABLE, "shrink": shrink}
-    results = two.run(train, settings, options)
-    assert_equal_processes(results)
-    alone = train(settings, options)
-    assert [ranks for *_, ranks in results[0]["history"]] == [ranks for *_, ranks in alone["history"]]
-    for name, weight in alone["weights"].items():
-        assert_close(results[0]["weights"][name], weight, rtol=0, atol=1e-9)
-    assert cuts(alone["history"]) >= 3
-
-
 def random_schedule(seed: int) -> tuple[dict, dict]:
     """Settings and options drawn at random: which layer is factored when, how far ranks fall, and how it is trained."""
     draw = random.Random(seed)
@@ -316,6 +143,7 @@ def random_schedule(seed: int) -> tuple[dict, dict]:
         "dtype": draw.choice([torch.float64, torch.float32, torch.bfloat16]),
         "optimizer": draw.choice(["adamw", "sgd"]),
         "accumulate": draw.choice([1, 1, 2]),
+        **({"fsdp": {"reshard_after_forward": draw.random() < 0.5}} if draw.random() < 0.3 else {}),
         "ddp": {
             "find_unused_parameters": draw.random() < 0.3,
             "gradient_as_bucket_view": draw.random() < 0.3,
@@ -330,29 +158,14 @@ def train_at_random(seeds) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", range(8))
 def test_random_schedules_leave_all_processes_bitwise_equal(two, block):
-    results = two.run(train_at_random, range(50 * block, 50 * (block + 1)))
+    results = two.run(train_at_random, range(25 * block, 25 * (block + 1)))
     for runs in zip(*results, strict=True):
         assert_equal_processes(runs)
     histories = {json.dumps(run["history"]) for run in results[0]}
-    assert len(histories) >= 45
-    assert sum(cuts(run["history"]) for run in results[0]) > 100
-
-
-def demo_model():
-    torch.manual_seed(0)
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=384,
-        num_labels=10,
-    )
-    return ViTForImageClassification(config)
+    assert len(histories) >= 20
+    assert sum(cuts(run["history"]) for run in results[0]) > 50
 
 
 def train_on_digits(steps: int) -> dict:
@@ -566,6 +379,16 @@ def make_fsdp1():
     controlled(FullyShardedDataParallel(tower(), device_id=torch.device("cpu"), use_orig_params=True))
 
 
+def make_hsdp():
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
+    controlled(fully_shard(tower(), mesh=mesh))
+
+
+def make_cpu_offload():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    controlled(fully_shard(tower(), mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False)))
+
+
 def make_tensor_parallel():
     model = tower()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -593,6 +416,8 @@ REFUSED = [
     (make_power_sgd, "PowerSGD hook keeps errors of the old shapes"),
     (make_zero, "ZeroRedundancyOptimizer spreads the optimizer state"),
     (make_fsdp1, "FSDP1 joins parameters to flat ones"),
+    (make_hsdp, "Sharding with replication (HSDP) is not supported"),
+    (make_cpu_offload, "CPU offloading is not supported"),
     (make_tensor_parallel, "tensor parallelism"),
     (make_different_settings, "The configuration differs between the 2 processes"),
     (make_different_lengths, "The configuration differs between the 2 processes"),
@@ -638,6 +463,17 @@ def test_an_offloaded_model_is_refused():
     model = tower()
     model.base_model.model.head.to("meta")
     with pytest.raises(ValueError, match=r"`base_model.model.head.weight` is on the meta device"):
+        controlled(model)
+
+
+class OnAnotherDevice(nn.Parameter):
+    device = torch.device("cuda:0")
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = tower()
+    model.base_model.model.head.bias = OnAnotherDevice(torch.zeros(3))
+    with pytest.raises(ValueError, match="The model is spread over cpu, cuda:0"):
         controlled(model)
 
 
@@ -719,85 +555,6 @@ def test_no_process_waits_for_ever(fault):
 
 
 # ---- the Trainer -----------------------------------------------------------------------------------------------------
-
-
-class Points(torch.utils.data.Dataset):
-    """96 images of digits with their labels, as the demo's model takes them."""
-
-    def __len__(self):
-        return 96
-
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        return {"pixel_values": torch.randn(1, 8, 8, generator=generator), "labels": index % 10}
-
-
-class StopAfter(TrainerCallback):
-    """Ends the training after a number of optimizer steps, as a queueing system would."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.steps
-
-
-def run_trainer(directory, *, stop=None, resume=None, kill=None, **settings) -> dict:
-    """12 steps of a small ViT with a global batch of 16; `kill` names the method of the Trainer to die in."""
-    torch.manual_seed(0)
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        num_labels=10,
-    )
-    schedule = {"update_every": 2, "delay": 4, "stability_threshold": 0.9, "cutoff": 0.3, "max_rank_drop": 0.3}
-    model = get_peft_model(ViTForImageClassification(config), OIALRConfig(pretraining=True, **schedule))
-    defaults = {
-        "max_steps": 12,
-        "learning_rate": 5e-3,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "ddp_backend": "gloo" if process_count() > 1 else None,
-        "dataloader_pin_memory": False,
-        "per_device_train_batch_size": 16 // process_count(),
-    }
-    trainer = OIALRTrainer(
-        model=model,
-        args=TrainingArguments(str(directory), **{**defaults, **settings}),
-        train_dataset=Points(),
-        callbacks=[StopAfter(stop)] if stop else None,
-    )
-    if kill is not None:
-        die_in(trainer, *kill)
-    trainer.train(resume_from_checkpoint=resume)
-    return {
-        "state": state_of(model, trainer.optimizer, trainer.oialr_controller),
-        "history": [(u.step, u.stability, u.frozen, u.ranks) for u in trainer.oialr_controller.history],
-        "weights": [layer.adapter_weight("default").clone() for layer in adapter_layers(model).values()],
-        "logged": [entry for entry in trainer.state.log_history if "oialr/rank_mean" in entry],
-    }
-
-
-def die_in(trainer, method: str, save: int, process: int) -> None:
-    """Kill this process just before `method` of the Trainer runs in save number `save`, if it is that process."""
-    calls = itertools.count(1)
-    original = getattr(trainer, method)
-
-    def dying(*args, **kwargs):
-        if next(calls) == save and process_index() == process:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(trainer, method, dying)
 
 
 def test_the_trainer_on_two_processes_equals_itself_on_one(two, tmp_path):
@@ -882,98 +639,3 @@ def test_a_process_killed_in_a_check_leaves_a_checkpoint_that_resumes_exactly(tw
         resumed = two.run(partial(run_trainer, tmp_path / "killed", resume=True))
     for a, b in zip(whole, resumed, strict=True):
         assert a["state"] == b["state"]
-
-
-# ---- FSDP2 through Accelerate ----------------------------------------------------------------------------------------
-
-
-def sharded_accelerator(kind: str = "FULL_STATE_DICT", **options) -> Accelerator:
-    """Accelerate offers FSDP on accelerators only; what follows does not depend on the device."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    accelerator = Accelerator(cpu=True)
-    plugin = FullyShardedDataParallelPlugin(
-        **{
-            "fsdp_version": 2,
-            "auto_wrap_policy": "transformer_based_wrap",
-            "transformer_cls_names_to_wrap": ["ViTLayer"],
-            "state_dict_type": kind,
-            "cpu_ram_efficient_loading": False,
-            "reshard_after_forward": True,
-            **options,
-        }
-    )
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
-    return accelerator
-
-
-def run_sharded(directory, kind, shrink, *, start=0, stop=20, save=None, **options) -> dict:
-    """The demo's model from step `start`, which is loaded, to `stop`; saved at `save`."""
-    accelerator = sharded_accelerator(kind, **options)
-    torch.manual_seed(0)
-    settings = {"delay": 4, "update_every": 4, "stability_threshold": 0.991, "cutoff": 0.1, "max_rank_drop": 0.2}
-    model = get_peft_model(demo_model().double(), OIALRConfig(pretraining=True, shrink=shrink, **settings))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    controller = OIALRController(wrapped, optimizer, total_steps=20)
-    controller.register(accelerator)
-    if start:
-        controller.match(directory)
-        accelerator.load_state(str(directory))
-    for step in range(start, stop):
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(32, 1, 8, 8, generator=generator, dtype=torch.float64)
-        y = torch.randint(0, 10, (32,), generator=generator)
-        index, count = process_index(), process_count()
-        accelerator.backward(wrapped(pixel_values=x[index::count], labels=y[index::count]).loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        controller.step()
-        if step + 1 == save:
-            accelerator.save_state(str(directory))
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(wrapped, options=options)
-    if save and process_index() == 0:
-        model.save_pretrained(Path(directory, "adapter"), state_dict=state)
-    return {
-        "state": state_of(model, optimizer.optimizer, controller),
-        "history": [(u.step, u.stability, u.frozen, u.ranks) for u in controller.history],
-        "held": sum(p.to_local().numel() for p in wrapped.parameters()),
-        "parameters": sum(p.numel() for p in wrapped.parameters()),
-        "ranks": {name: layer.rank("default") for name, layer in controller.layers.items()},
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shrink", ["physical", "mask"])
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_a_sharded_run_resumes_exactly_and_loads_into_one_process(two, tmp_path, kind, shrink):
-    whole_run = two.run(partial(run_sharded, tmp_path / "whole", kind, shrink))
-    stopped = two.run(partial(run_sharded, tmp_path / "parts", kind, shrink, stop=13, save=13))
-    resumed = two.run(partial(run_sharded, tmp_path / "parts", kind, shrink, start=13))
-    for a, b in zip(whole_run, resumed, strict=True):
-        assert a["state"] == b["state"]
-        assert a["history"] == b["history"]
-    assert whole_run[0]["state"] == whole_run[1]["state"]
-    assert cuts(whole_run[0]["history"]) >= 5
-    assert max(part["held"] for part in whole_run) <= 0.51 * whole_run[0]["parameters"]
-
-    torch.manual_seed(0)
-    model = get_peft_model(demo_model().double(), OIALRConfig(pretraining=True))
-    file = tmp_path / "parts" / "pytorch_model_fsdp.bin"
-    if kind == "SHARDED_STATE_DICT":
-        file = tmp_path / "merged.pt"
-        dcp_to_torch_save(tmp_path / "parts" / "pytorch_model_fsdp_0", file)
-    loaded = torch.load(file, weights_only=True)
-    model.load_state_dict(loaded.get("model", loaded))
-    assert {name: layer.rank("default") for name, layer in adapter_layers(model).items()} == stopped[0]["ranks"]
-    model.save_pretrained(tmp_path / "adapter")
-    alone = PeftModel.from_pretrained(demo_model().double(), tmp_path / "adapter")
-    shards = PeftModel.from_pretrained(demo_model().double(), tmp_path / "parts" / "adapter")
-    for (name, layer), other in zip(adapter_layers(alone).items(), adapter_layers(shards).values(), strict=True):
-        rank = stopped[0]["ranks"][name]
-        if not layer.is_dense("default"):
-            assert layer.oialr_sigma["default"].shape == (rank, rank)
-        assert torch.equal(layer.adapter_weight("default"), other.adapter_weight("default"))
