@@ -46,7 +46,8 @@ from oialr_peft.factors import (
 )
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.model import adapter_layers
-from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, moments_of, transport_state
+from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, transport_state
+from oialr_peft.outcome import Outcome, exchanged
 from oialr_peft.schedule import Schedule, rank_of, steps_of
 from oialr_peft.sharding import (
     empty_whole,
@@ -89,38 +90,6 @@ class OIALRUpdate:
     def trainable_percent(self) -> float:
         """Trainable parameters in percent of the dense model's."""
         return 100 * self.trainable / self.total
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a check found for one layer: what stays of its basis, or its new factors with their optimizer state."""
-
-    name: str
-    stability: float | None = None
-    kept: Tensor | None = None
-    factors: Factors | None = None
-    state: dict[str, Any] | None = None  # `None` for new factors: it cannot follow them and is reset
-    rank_before: int | None = None  # when it takes part in the Σ update
-
-    def without_tensors(self) -> _Outcome:
-        return replace(self, kept=None, factors=None, state=None)
-
-    def message(self, device: torch.device) -> list[Tensor]:
-        """Everything that other processes need, contiguous and on `device`; of Σ, which is diagonal, the diagonal."""
-        if self.factors is None:
-            assert self.kept is not None
-            return [self.kept.to(device).contiguous()]
-        u, sigma, vh = self.factors
-        return [u.contiguous(), sigma.diagonal().contiguous(), vh.contiguous(), *moments_of(self.state or {})]
-
-    def received(self, message: list[Tensor]) -> _Outcome:
-        """With the tensors of a message in place of its own."""
-        if self.factors is None:
-            return replace(self, kept=message[0])
-        u, singular_values, vh, *moments = message
-        values = iter(moments)
-        state = self.state and {key: next(values) if is_moment(value) else value for key, value in self.state.items()}
-        return replace(self, factors=Factors(u, torch.diag(singular_values), vh), state=state)
 
 
 class _Whole(NamedTuple):
@@ -257,7 +226,7 @@ class OIALRController:
         }
         return stability, frozen, ranks
 
-    def _found_by_all(self, names: list[str], due: set[str], slots: OptimizerSlots) -> Iterator[_Outcome]:
+    def _found_by_all(self, names: list[str], due: set[str], slots: OptimizerSlots) -> Iterator[Outcome]:
         """The outcome of every layer; each is computed by one process and sent to the others."""
         if self._processes is None:
             yield from self._found_here(names, due, slots)
@@ -267,16 +236,16 @@ class OIALRController:
             mine = [job.name for job, owner in shares if owner == self._processes.index]
             if self._sharded:
                 self._gather([job.name for job, _ in shares], set(mine), slots)
-            found: dict[str, _Outcome] = {}
+            found: dict[str, Outcome] = {}
             failure = None
             try:
                 found = {outcome.name: outcome for outcome in self._found_here(mine, due, slots)}
             except Exception as error:  # raised below, when the other processes know of it
                 failure = error
             self._whole.clear()
-            yield from self._exchanged(shares, found, failure, due, slots)
+            yield from exchanged(self._processes, shares, found, failure, partial(self._expected, due=due, slots=slots))
 
-    def _found_here(self, names: list[str], due: set[str], slots: OptimizerSlots) -> Iterator[_Outcome]:
+    def _found_here(self, names: list[str], due: set[str], slots: OptimizerSlots) -> Iterator[Outcome]:
         """The outcomes of these layers, computed by this process; the host waits twice per batch of decompositions."""
         for decompositions in decompose([(name, self._matrix(name)) for name in names]):
             kept, stability = self._compared(decompositions)
@@ -291,7 +260,7 @@ class OIALRController:
                     outcome = self._changed(name, rotations[name].cut(ranks[name]), name in due, slots)
                     yield replace(outcome, stability=stability.get(name))
                 else:
-                    yield _Outcome(name, stability.get(name), kept[name])
+                    yield Outcome(name, stability.get(name), kept[name])
 
     def _compared(self, decompositions: list[Decomposition]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What is kept of the bases of dense layers, and Stability of those that have an earlier one."""
@@ -342,7 +311,7 @@ class OIALRController:
             )
         return ranks
 
-    def _changed(self, name: str, rotation: Rotation, due: bool, slots: OptimizerSlots) -> _Outcome:
+    def _changed(self, name: str, rotation: Rotation, due: bool, slots: OptimizerSlots) -> Outcome:
         """New factors and optimizer state of a layer whose trained matrix becomes the diagonal of `rotation`."""
         old = self._trained[name]
         if self._is_dense(name):
@@ -357,9 +326,9 @@ class OIALRController:
             for side, rows in zip((rotation.p, rotation.q), old.shape, strict=True)
         )
         state = transport_state(self._state(name, slots), old.shape, p, q)
-        return _Outcome(name, None, None, factors, state, self._rank_before(name) if due else None)
+        return Outcome(name, None, None, factors, state, self._rank_before(name) if due else None)
 
-    def _apply(self, outcome: _Outcome, slots: OptimizerSlots) -> None:
+    def _apply(self, outcome: Outcome, slots: OptimizerSlots) -> None:
         name = outcome.name
         if outcome.factors is None:
             assert outcome.kept is not None
@@ -440,46 +409,7 @@ class OIALRController:
             if name in mine:
                 self._whole[name] = _Whole(matrix, factors, state)
 
-    def _exchanged(
-        self,
-        shares: list[tuple[Job, int]],
-        found: dict[str, _Outcome],
-        failure: Exception | None,
-        due: set[str],
-        slots: OptimizerSlots,
-    ) -> list[_Outcome]:
-        """The outcomes of all processes: first their shapes, then each tensor once, from the one that computed it.
-
-        Raises:
-            Exception: the failure of this process; RuntimeError when another one failed.
-        """
-        assert self._processes is not None
-        table = torch.zeros(len(shares), 3, dtype=torch.float64)  # done, Stability, new rank (0: stays dense)
-        for row, (job, _) in zip(table, shares, strict=True):
-            if job.name in found:
-                outcome = found[job.name]
-                rank = 0 if outcome.factors is None else outcome.factors.rank
-                row.copy_(torch.tensor([1.0, outcome.stability or 0.0, rank], dtype=row.dtype))
-        table = self._processes.merged(table)
-        if failure is not None:
-            raise failure
-        for (done, _, _), (job, owner) in zip(table.tolist(), shares, strict=True):
-            if not done:
-                raise RuntimeError(
-                    f"Process {owner} could not decompose `{job.name}`; its own error message says why. All processes "
-                    "stop. Go back to the last checkpoint."
-                )
-        outcomes = [
-            found.get(job.name) or self._expected(job.name, stability, int(rank), job.name in due, slots)
-            for (job, _), (_, stability, rank) in zip(shares, table.tolist(), strict=True)
-        ]
-        messages = [outcome.message(self._processes.device) for outcome in outcomes]
-        self._processes.send(
-            [(tensor, owner) for message, (_, owner) in zip(messages, shares, strict=True) for tensor in message]
-        )
-        return [outcome.received(message) for outcome, message in zip(outcomes, messages, strict=True)]
-
-    def _expected(self, name: str, stability: float, rank: int, due: bool, slots: OptimizerSlots) -> _Outcome:
+    def _expected(self, name: str, stability: float, rank: int, *, due: set[str], slots: OptimizerSlots) -> Outcome:
         """The outcome that another process found, with unset tensors to receive it into."""
         measured = stability if name in self._bases else None
         old, layer = self._trained[name], self.layers[name]
@@ -487,11 +417,11 @@ class OIALRController:
         if rank == 0:
             shape = kept_shape((m, n), self.config.stability_storage)
             dtype = torch.bfloat16 if self.config.stability_storage == "bf16" else compute_dtype(old)
-            return _Outcome(name, measured, torch.empty(shape, dtype=dtype, device=old.device))
+            return Outcome(name, measured, torch.empty(shape, dtype=dtype, device=old.device))
         empty = partial(torch.empty, dtype=old.dtype, device=old.device)
         factors = Factors(empty(m, rank), empty(rank, rank), empty(rank, n))
         state = empty_state(empty_whole(slots.state_of(old)), old.shape, self._size_for(name, rank))
-        return _Outcome(name, measured, None, factors, state, self._rank_before(name) if due else None)
+        return Outcome(name, measured, None, factors, state, self._rank_before(name) if name in due else None)
 
     def _require_finite_everywhere(self) -> None:
         """Raise on every process when one of them holds NaN or Inf, or is at another step."""

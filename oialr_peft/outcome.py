@@ -1,0 +1,112 @@
+"""What a check finds for one layer, and how the processes tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from oialr_peft.distributed import Job, Processes
+from oialr_peft.factors import Factors
+from oialr_peft.moments import is_moment, moments_of
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found for one layer: what is kept of its basis, or its new factors with their optimizer state.
+
+    Attributes:
+        name: of the layer.
+        stability: of a dense layer that had an earlier basis.
+        kept: of a layer that stays dense, see `basis.kept_of`.
+        factors: of a layer that was factored or rotated; sigma is diagonal.
+        state: what the optimizer keeps for the new sigma; `None` when it cannot follow and is reset.
+        rank_before: of a layer that takes part in the Σ update.
+    """
+
+    name: str
+    stability: float | None = None
+    kept: Tensor | None = None
+    factors: Factors | None = None
+    state: dict[str, Any] | None = None
+    rank_before: int | None = None
+
+    def without_tensors(self) -> Outcome:
+        """What is left to report."""
+        return replace(self, kept=None, factors=None, state=None)
+
+    def message(self, device: torch.device) -> list[Tensor]:
+        """Everything that other processes need, contiguous and on `device`; of Σ, which is diagonal, the diagonal."""
+        if self.factors is None:
+            assert self.kept is not None
+            return [self.kept.to(device).contiguous()]
+        u, sigma, vh = self.factors
+        return [u.contiguous(), sigma.diagonal().contiguous(), vh.contiguous(), *moments_of(self.state or {})]
+
+    def received(self, message: list[Tensor]) -> Outcome:
+        """With the tensors of a message in place of its own."""
+        if self.factors is None:
+            return replace(self, kept=message[0])
+        u, singular_values, vh, *moments = message
+        values = iter(moments)
+        state = self.state and {key: next(values) if is_moment(value) else value for key, value in self.state.items()}
+        return replace(self, factors=Factors(u, torch.diag(singular_values), vh), state=state)
+
+
+class Expected(Protocol):
+    """Makes the outcome that another process found, with unset tensors to receive it into."""
+
+    def __call__(self, name: str, stability: float, rank: int) -> Outcome:
+        """The outcome of a layer; `rank` 0 means that it stays dense."""
+
+
+def exchanged(
+    processes: Processes,
+    shares: Sequence[tuple[Job, int]],
+    found: Mapping[str, Outcome],
+    failure: Exception | None,
+    expected: Expected,
+) -> list[Outcome]:
+    """The outcomes of all processes: first three numbers for each, then each tensor once, from the one that computed it.
+
+    Args:
+        processes: all of them call this.
+        shares: jobs of one round with their owners.
+        found: the outcomes that this process owns, by name.
+        failure: what kept this process from finding them all.
+        expected: for outcomes of other processes.
+
+    Returns:
+        Outcomes in the order of the shares, with the same tensors, bit for bit, in every process.
+
+    Raises:
+        Exception: the failure of this process.
+        RuntimeError: another process failed.
+    """
+    table = torch.zeros(len(shares), 3, dtype=torch.float64)  # done, Stability, new rank (0: stays dense)
+    for row, (job, _) in zip(table, shares, strict=True):
+        if job.name in found:
+            outcome = found[job.name]
+            rank = 0 if outcome.factors is None else outcome.factors.rank
+            row.copy_(torch.tensor([1.0, outcome.stability or 0.0, rank], dtype=row.dtype))
+    rows = processes.merged(table).tolist()
+    if failure is not None:
+        raise failure
+    for (done, _, _), (job, owner) in zip(rows, shares, strict=True):
+        if not done:
+            raise RuntimeError(
+                f"Process {owner} could not decompose `{job.name}`; its own error message says why. All processes stop. "
+                "Go back to the last checkpoint."
+            )
+    outcomes = [
+        found.get(job.name) or expected(job.name, stability, int(rank))
+        for (job, _), (_, stability, rank) in zip(shares, rows, strict=True)
+    ]
+    messages = [outcome.message(processes.device) for outcome in outcomes]
+    processes.send(
+        [(tensor, owner) for message, (_, owner) in zip(messages, shares, strict=True) for tensor in message]
+    )
+    return [outcome.received(message) for outcome, message in zip(outcomes, messages, strict=True)]
