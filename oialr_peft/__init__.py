@@ -19,6 +19,8 @@ _registration.extend_peft_type()
 
 from oialr_peft.config import OIALRConfig  # noqa: E402  (needs the extended enum)
 from oialr_peft.controller import OIALRController, OIALRUpdate  # noqa: E402
+from oialr_peft.export import register as _register_format  # noqa: E402
+from oialr_peft.export import save_low_rank  # noqa: E402
 from oialr_peft.factors import (  # noqa: E402
     Factors,
     factorize,
@@ -30,6 +32,7 @@ from oialr_peft.factors import (  # noqa: E402
 from oialr_peft.model import OIALRModel  # noqa: E402
 
 _registration.register(OIALRConfig, OIALRModel)
+_register_format()
 
 if TYPE_CHECKING:
     from oialr_peft.report import plot_history, rank_table
@@ -60,6 +63,7 @@ __all__ = [
     "polar_factor",
     "rank_table",
     "rediagonalize",
+    "save_low_rank",
     "stability",
     "truncate",
 ]

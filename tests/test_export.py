@@ -1,0 +1,232 @@
+"""Standalone low-rank checkpoints: the same outputs, no dense weights, training on, dense again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from safetensors import safe_open
+from torch import nn
+from torch.testing import assert_close
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+from oialr_peft import OIALRConfig, save_low_rank
+from oialr_peft.export import LowRankConfig, LowRankLinear
+from oialr_peft.model import adapter_layers
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+]
+
+CLASSES = {
+    "bert": AutoModelForSequenceClassification,
+    "gpt2": AutoModelForCausalLM,
+    "vit": AutoModelForImageClassification,
+    "t5": AutoModelForSeq2SeqLM,
+}
+
+
+def factored(model, **settings):
+    """Factored at half of full rank, with a Σ that is not diagonal."""
+    settings = {"freeze_when": "delay", "delay": 0, "init_rank": 0.5, "init_weights": False, **settings}
+    return get_peft_model(model, OIALRConfig(**settings)).eval()
+
+
+def files_of(directory):
+    return sorted(directory.glob("*.safetensors"))
+
+
+@pytest.fixture(params=CLASSES)
+def kind(request):
+    return request.param
+
+
+def test_a_standalone_model_computes_what_the_adapted_one_does(kind, tmp_path, make_model, make_inputs, outputs_of):
+    model = factored(make_model(kind))
+    save_low_rank(model, tmp_path)
+    loaded = CLASSES[kind].from_pretrained(tmp_path, dtype=torch.float64)
+    assert_close(outputs_of(loaded, make_inputs(kind)), outputs_of(model, make_inputs(kind)), rtol=0, atol=1e-12)
+    low_rank = [module for module in loaded.modules() if isinstance(module, LowRankLinear)]
+    assert len(low_rank) == len(adapter_layers(model))
+    assert type(loaded) is type(model.get_base_model())
+
+
+def test_the_file_holds_the_factors_and_nothing_dense(kind, tmp_path, make_model):
+    model = factored(make_model(kind))
+    save_low_rank(model, tmp_path)
+    layers = adapter_layers(model)
+    with safe_open(files_of(tmp_path)[0], "pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    # some architectures have other names on disk than in the model
+    stored = sorted(shape for key, shape in shapes.items() if key.endswith((".u", ".sigma", ".vh")))
+    sizes = [(layer.out_features, layer.in_features, layer.rank("default")) for layer in layers.values()]
+    assert stored == sorted(shape for m, n, rank in sizes for shape in ((m, rank), (rank, rank), (rank, n)))
+    dense = {f"{name}.weight" for name in layers}
+    assert not dense & set(shapes)
+    assert not [key for key in shapes if "base_layer" in key or "oialr_" in key]
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stored["ranks"] == {name: layer.rank("default") for name, layer in layers.items()}
+
+
+def test_the_file_is_as_large_as_its_factors(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    model = factored(LlamaForCausalLM(config), init_rank=0.25)
+    save_low_rank(model, tmp_path)
+    layers = adapter_layers(model).values()
+    factors = sum((a.out_features + a.in_features) * a.rank("default") + a.rank("default") ** 2 for a in layers)
+    dense = sum(a.out_features * a.in_features for a in layers)
+    others = sum(p.numel() for p in LlamaForCausalLM(config).parameters()) - dense
+    assert files_of(tmp_path)[0].stat().st_size <= 1.01 * 4 * (factors + others) + 4096
+
+
+def test_dense_layers_and_trained_heads_are_stored_as_they_are(tmp_path, bert, make_inputs, outputs_of):
+    model = factored(bert, rank_pattern=None, modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.mul_(3)
+    first = next(iter(adapter_layers(model).values()))
+    first.set_dense("default", torch.randn(first.out_features, first.in_features, dtype=torch.float64))
+    save_low_rank(model, tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    assert type(loaded.get_submodule(first.name)) is nn.Linear
+    assert_close(outputs_of(loaded, make_inputs("bert")), outputs_of(model, make_inputs("bert")), rtol=0, atol=1e-12)
+
+
+def test_loading_allocates_no_dense_weight(tmp_path, monkeypatch, make_model):
+    save_low_rank(factored(make_model("bert")), tmp_path)
+    made = []
+    original = nn.Linear.__init__
+
+    def recording(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        made.append(self.weight.device.type)
+
+    monkeypatch.setattr(nn.Linear, "__init__", recording)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert set(made) == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": torch.bfloat16}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}, {"dtype": "auto"}],
+    ids=str,
+)
+def test_the_usual_options_of_from_pretrained_work(tmp_path, make_model, make_inputs, outputs_of, options):
+    model = factored(make_model("gpt2", torch.float32))
+    save_low_rank(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    module = next(module for module in loaded.modules() if isinstance(module, LowRankLinear))
+    dtype = options.get("dtype", torch.float32)
+    assert module.u.dtype == (torch.float32 if dtype == "auto" else dtype)
+    tolerance = 0.2 if dtype == torch.bfloat16 else 1e-5
+    ours, theirs = outputs_of(loaded, make_inputs("gpt2")).float(), outputs_of(model, make_inputs("gpt2"))
+    assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    tokens = loaded.generate(make_inputs("gpt2")["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert tokens.shape[1] == make_inputs("gpt2")["input_ids"].shape[1] + 3
+
+
+def test_large_models_are_sharded(tmp_path, make_model, make_inputs, outputs_of):
+    model = factored(make_model("bert"))
+    save_low_rank(model, tmp_path, max_shard_size=4000)
+    assert len(files_of(tmp_path)) > 1
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    assert_close(outputs_of(loaded, make_inputs("bert")), outputs_of(model, make_inputs("bert")), rtol=0, atol=1e-12)
+
+
+def test_the_base_model_of_a_checkpoint_with_a_head_loads(tmp_path, make_model):
+    model = factored(make_model("bert"))
+    save_low_rank(model, tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.float64)
+    assert sum(isinstance(module, LowRankLinear) for module in loaded.modules()) == len(adapter_layers(model))
+
+
+def test_a_standalone_model_trains_its_cores_and_is_saved_again(tmp_path, make_model, make_inputs, outputs_of):
+    save_low_rank(factored(make_model("bert")), tmp_path / "first")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "first", dtype=torch.float64)
+    module = next(module for module in model.modules() if isinstance(module, LowRankLinear))
+    u, sigma = module.u.detach().clone(), module.sigma.detach().clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(**make_inputs("bert")).logits.square().mean().backward()
+    optimizer.step()
+    assert torch.equal(module.u, u)
+    assert not torch.equal(module.sigma, sigma)
+    model.save_pretrained(tmp_path / "second")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second", dtype=torch.float64)
+    assert torch.equal(outputs_of(again.eval(), make_inputs("bert")), outputs_of(model.eval(), make_inputs("bert")))
+
+
+def test_a_dense_model_loads_in_plain_transformers(kind, tmp_path, make_model, make_inputs, outputs_of):
+    model = factored(make_model(kind))
+    save_low_rank(model, tmp_path / "low")
+    dense = CLASSES[kind].from_pretrained(tmp_path / "low", dtype=torch.float64).dequantize()
+    assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
+    assert any(isinstance(module, (nn.Linear, Conv1D)) for module in dense.modules())
+    dense.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    program = (
+        "import sys, torch, transformers\n"
+        f"model = transformers.{CLASSES[kind].__name__}.from_pretrained({str(tmp_path / 'dense')!r}, dtype=torch.float64)\n"
+        f"inputs = torch.load({str(tmp_path / 'inputs.pt')!r})\n"
+        f"torch.save(model(**inputs).logits, {str(tmp_path / 'logits.pt')!r})\n"
+        "assert 'oialr_peft' not in sys.modules\n"
+    )
+    torch.save(make_inputs(kind), tmp_path / "inputs.pt")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True)
+    logits = torch.load(tmp_path / "logits.pt")
+    assert_close(logits, outputs_of(model, make_inputs(kind)), rtol=0, atol=1e-10)
+
+
+def test_what_cannot_be_stored_by_its_factors_is_refused(tmp_path, mlp, make_model):
+    with pytest.raises(ValueError, match="must be a transformers model"):
+        save_low_rank(factored(mlp), tmp_path)
+    with pytest.raises(ValueError, match="has no OIALR adapter"):
+        save_low_rank(make_model("bert"), tmp_path)
+    with pytest.raises(ValueError, match="is residual, merged, or on top"):
+        save_low_rank(get_peft_model(make_model("bert"), OIALRConfig(residual=True)), tmp_path)
+    merged = factored(make_model("bert"))
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="is residual, merged, or on top"):
+        save_low_rank(merged, tmp_path)
+    mixed = factored(make_model("bert"), target_modules=["query"])
+    inject_adapter_in_model(LoraConfig(target_modules=["value"]), mixed.get_base_model(), "other")
+    with pytest.raises(ValueError, match="has an adapter of another kind"):
+        save_low_rank(mixed, tmp_path)
+    with pytest.raises(ValueError, match="has no adapter `missing`"):
+        save_low_rank(factored(make_model("bert")), tmp_path, adapter_name="missing")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_a_later_format_or_another_model_is_refused(tmp_path, make_model):
+    with pytest.raises(ValueError, match="has format 99; this release reads up to 1. Upgrade"):
+        LowRankConfig({}, format_version=99)
+    with pytest.raises(ValueError, match="must hold positive integers, but has 0 for `a`"):
+        LowRankConfig({"a": 0})
+    save_low_rank(factored(make_model("bert")), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    ranks = config["quantization_config"]["ranks"]
+    first = next(iter(ranks))
+    for wrong, message in (
+        ({first: 1000}, "more than its 8×8 can have"),
+        ({"bert.embeddings.LayerNorm": 1}, "is a LayerNorm here"),
+        ({"other": 1}, "None of the 1 factored layers"),
+    ):
+        config["quantization_config"]["ranks"] = wrong
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path)
