@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, save_as_lora
 from safetensors import safe_open
 from torch import nn
 from torch.testing import assert_close
@@ -230,3 +230,16 @@ def test_a_checkpoint_of_a_later_format_or_another_model_is_refused(tmp_path, ma
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=message):
             AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_residual_adapter_becomes_a_lora_adapter_exactly(name, tmp_path, make_model, make_inputs, outputs_of):
+    model = factored(make_model(name), residual=True, delay=None, freeze_when="stable", init_rank=3)
+    save_as_lora(tmp_path, model, rank=3)
+    loaded = PeftModel.from_pretrained(make_model(name), tmp_path, autocast_adapter_dtype=False).eval()
+    assert loaded.peft_config["default"].peft_type.value == "LORA"
+    base = outputs_of(make_model(name), make_inputs(name))
+    ours, theirs = outputs_of(model, make_inputs(name)), outputs_of(loaded, make_inputs(name))
+    assert float((ours - base).abs().max()) > 1e-3
+    assert_close(theirs, ours, rtol=0, atol=1e-6 * float(base.abs().max()))
