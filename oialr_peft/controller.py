@@ -50,11 +50,11 @@ from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, transport
 from oialr_peft.outcome import Outcome, exchanged
 from oialr_peft.schedule import Schedule, rank_of, steps_of
 from oialr_peft.sharding import (
-    empty_whole,
     is_sharded,
     like_shards_of,
     local,
     reshard_idle,
+    shaped_as_whole,
     shard_new_parameters,
     whole,
 )
@@ -151,10 +151,9 @@ class OIALRController:
         self._sharded = is_sharded(model)
         self._whole: dict[str, _Whole] = {}
         if self._processes is not None:
-            settings = [self.config.to_dict(), total_steps, {name: str(layer) for name, layer in self.layers.items()}]
-            self._processes.require_same("The configuration", settings)
+            self._processes.require_same("The configuration", _settings_of(self.config, total_steps, self.layers))
         refresh_reducers(model)
-        self._require_finite()
+        self._require_loaded_weights()
         self._dense_total = self._count_dense_model()
         for layer in self.layers.values():
             layer.controlled[adapter_name] = True
@@ -181,7 +180,7 @@ class OIALRController:
         self._require_unchanged_parameters()
         refuse_join(self.model)
         reshard_idle(self.model)
-        self._require_finite_everywhere()
+        self._require_finite()
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             stability, frozen, ranks = self._check(OptimizerSlots(self.optimizer))
         update = OIALRUpdate(
@@ -209,7 +208,7 @@ class OIALRController:
         names = list(self.layers)
         due = [names[index] for index in self.schedule.layers_due(self._sigma_updates + 1, len(names))]
         dense = [name for name in names if self._is_dense(name)]
-        factored = [name for name in due if name not in set(dense)]
+        factored = [name for name in due if not self._is_dense(name)]
         outcomes = {}
         for outcome in self._found_by_all([*dense, *factored], set(due), slots):
             self._apply(outcome, slots)
@@ -420,11 +419,21 @@ class OIALRController:
             return Outcome(name, measured, torch.empty(shape, dtype=dtype, device=old.device))
         empty = partial(torch.empty, dtype=old.dtype, device=old.device)
         factors = Factors(empty(m, rank), empty(rank, rank), empty(rank, n))
-        state = empty_state(empty_whole(slots.state_of(old)), old.shape, self._size_for(name, rank))
+        state = empty_state(shaped_as_whole(slots.state_of(old)), old.shape, self._size_for(name, rank))
         return Outcome(name, measured, None, factors, state, self._rank_before(name) if name in due else None)
 
-    def _require_finite_everywhere(self) -> None:
-        """Raise on every process when one of them holds NaN or Inf, or is at another step."""
+    def _require_finite(self) -> None:
+        """Raise on every process when one of them holds NaN or Inf."""
+        name = self._first_not_finite()
+        if name is not None:
+            raise not_finite_error(name)
+
+    def _first_not_finite(self) -> str | None:
+        """The first layer that holds NaN or Inf on any process, on which all agree.
+
+        Raises:
+            RuntimeError: the processes are at different steps.
+        """
         name = first_not_finite({name: local(parameter) for name, parameter in self._trained.items()})
         if self._processes is not None:
             names = list(self._trained)
@@ -436,8 +445,7 @@ class OIALRController:
                     "of the controller on every process, once after each optimizer step."
                 )
             name = names[int(first)] if first < len(names) else None
-        if name is not None:
-            raise not_finite_error(name)
+        return name
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -522,17 +530,10 @@ class OIALRController:
         slots = OptimizerSlots(self.optimizer)
         for name, ranks in stored.items():
             layer, old = self.layers[name], self._trained[name]
-            m, n = layer.out_features, layer.in_features
-            zeros = partial(torch.zeros, dtype=old.dtype, device=old.device)
-            if ranks is None:
-                if not self._is_dense(name):
-                    layer.set_dense(self.adapter_name, zeros(m, n))
-            elif self._is_dense(name) or old.shape[0] != ranks[1]:
-                rank, size = ranks
-                empty = Factors(zeros(m, rank), zeros(rank, rank), zeros(rank, n))
-                layer.set_factors(self.adapter_name, empty, size=size)
-            if ranks is not None:
-                layer.ranks[self.adapter_name] = ranks[0]
+            rank, size = ranks or (None, None)
+            layer.resize(self.adapter_name, size)
+            if rank is not None:
+                layer.ranks[self.adapter_name] = rank
             self._shard(layer)
             self._trained[name] = layer.trained_parameter(self.adapter_name)
             if self._trained[name] is not old:
@@ -567,14 +568,14 @@ class OIALRController:
                 f"`{missing[0]}`. Make the optimizer after the adapter, from the model's parameters."
             )
 
-    def _require_finite(self) -> None:
-        for name, parameter in self._trained.items():
-            if not bool(torch.isfinite(local(parameter)).all()):
-                raise ValueError(
-                    f"The adapter's weight of `{name}` holds NaN or Inf. If its configuration was read from a saved "
-                    "adapter, load the weights too (PeftModel.from_pretrained), or set `rank_pattern` and "
-                    "`format_version` to None to start a new adapter."
-                )
+    def _require_loaded_weights(self) -> None:
+        name = self._first_not_finite()
+        if name is not None:
+            raise ValueError(
+                f"The adapter's weight of `{name}` holds NaN or Inf. If its configuration was read from a saved "
+                "adapter, load the weights too (PeftModel.from_pretrained), or set `rank_pattern` and "
+                "`format_version` to None to start a new adapter."
+            )
 
     def _require_unchanged_parameters(self) -> None:
         for name, layer in self.layers.items():
@@ -686,3 +687,9 @@ def _schedule_of(config: OIALRConfig, total_steps: int) -> Schedule:
         layers_per_update=config.layers_per_update,
         threshold=None if config.freeze_when == "delay" else config.stability_threshold,
     )
+
+
+def _settings_of(config: OIALRConfig, total_steps: int, layers: dict[str, OIALRLinear]) -> list[Any]:
+    """What must be equal in all processes; nothing that depends on the device, of which each has its own."""
+    shapes = {name: [layer.out_features, layer.in_features, layer.extra_repr()] for name, layer in layers.items()}
+    return [config.to_dict(), total_steps, shapes]

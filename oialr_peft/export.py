@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _is_key_under_prefixes
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -261,22 +261,24 @@ def _standalone(base: PreTrainedModel, adapter_name: str | None) -> _Standalone:
     if not layers:
         raise ValueError("The model has no OIALR adapter, so there is nothing low-rank to save. Use `save_pretrained`.")
     name = adapter_name or next(iter(layers.values())).active_adapters[0]
+    replaced: set[str] = set()
+    ours: dict[str, Tensor] = {}
     for key, module in base.named_modules():
         if isinstance(module, OIALRLinear):
-            state = {k: v for k, v in state.items() if not k.startswith(f"{key}.")} | _of_layer(
-                key, module, name, ranks
-            )
+            replaced.add(key)
+            ours |= _of_layer(key, module, name, ranks)
         elif isinstance(module, ModulesToSaveWrapper):
-            inside = f"{key}.modules_to_save.{name}."
-            trained = {f"{key}.{k.removeprefix(inside)}": v for k, v in state.items() if k.startswith(inside)}
-            state = {k: v for k, v in state.items() if not k.startswith(f"{key}.")} | trained
-        elif isinstance(module, AuxiliaryTrainingWrapper) or (
-            isinstance(module, BaseTunerLayer) and not any(key.startswith(f"{layer}.") for layer in layers)
+            replaced.add(key)
+            trained = module.modules_to_save[name].state_dict()
+            ours |= {f"{key}.{inside}": value for inside, value in trained.items()}
+        elif isinstance(module, (AuxiliaryTrainingWrapper, BaseTunerLayer)) and not _is_key_under_prefixes(
+            key, replaced
         ):
             raise ValueError(
                 f"`{key}` has an adapter of another kind ({type(module).__name__}). Merge that one first, with "
                 "`merge_and_unload`."
             )
+    state = {key: value for key, value in state.items() if not _is_key_under_prefixes(key, replaced)} | ours
     return _Standalone(state, ranks)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -276,19 +277,24 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             ValueError: as `check_checkpoint`. The layer is then unchanged.
         """
         self.check_checkpoint(tensors)
-        m, n = self.out_features, self.in_features
-        reference = self.trained_parameter(adapter_name)
         if "oialr_weight" in tensors:
-            if not self.is_dense(adapter_name):
-                self.set_dense(adapter_name, reference.new_empty(m, n))
+            self.resize(adapter_name, None)
             return
-        size = tensors["oialr_sigma"].shape[0]
-        if self.is_dense(adapter_name) or self.oialr_sigma[adapter_name].shape != (size, size):
-            empty = Factors(reference.new_empty(m, size), reference.new_empty(size, size), reference.new_empty(size, n))
-            self.set_factors(adapter_name, empty)
+        self.resize(adapter_name, tensors["oialr_sigma"].shape[0])
         # a masked layer in training has zero rows beyond its rank
         used = int(tensors["oialr_vh"].abs().amax(dim=1).count_nonzero())
         self.ranks[adapter_name] = max(1, used)
+
+    def resize(self, adapter_name: str, size: int | None) -> None:
+        """Give the adapter tensors of `size` directions, or a dense weight (`None`); new ones hold no values yet."""
+        old = self.trained_parameter(adapter_name)
+        m, n = self.out_features, self.in_features
+        empty = partial(torch.empty, dtype=old.dtype, device=old.device)
+        if size is None:
+            if not self.is_dense(adapter_name):
+                self.set_dense(adapter_name, empty(m, n))
+        elif self.is_dense(adapter_name) or old.shape[0] != size:
+            self.set_factors(adapter_name, Factors(empty(m, size), empty(size, size), empty(size, n)))
 
     def check_checkpoint(self, tensors: dict[str, Tensor]) -> None:
         """Whether a checkpoint's tensors make a layer of this shape, dense or factored.

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy
@@ -139,9 +138,9 @@ def _watch_state_dicts(group: FSDPParamGroup) -> None:
     group._register_state_dict_hooks()
 
 
-def empty_whole(state: dict[str, Any]) -> dict[str, Any]:
-    """A state with unset whole tensors in place of sharded ones: only shapes and dtypes count."""
+def shaped_as_whole(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with plain tensors of the whole shape, but without values or memory, in place of sharded ones."""
     return {
-        key: torch.empty(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, DTensor) else value
+        key: value.to_local().new_empty(()).expand(value.shape) if isinstance(value, DTensor) else value
         for key, value in state.items()
     }

@@ -161,19 +161,24 @@ def cuts(history) -> int:
     return sum(before > after for _, _, _, ranks in history for before, after in ranks.values())
 
 
-def demo_model():
+def vit(hidden: int, layers: int, heads: int, inner: int):
+    """A classifier of 8×8 images."""
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=8,
         patch_size=4,
         num_channels=1,
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=384,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
         num_labels=10,
     )
     return ViTForImageClassification(config)
+
+
+def demo_model():
+    return vit(96, 4, 4, 384)
 
 
 class Points(torch.utils.data.Dataset):
@@ -199,19 +204,8 @@ class StopAfter(TrainerCallback):
 
 def run_trainer(directory, *, stop=None, resume=None, kill=None, **settings) -> dict:
     """12 steps of a small ViT with a global batch of 16; `kill` names the method of the Trainer to die in."""
-    torch.manual_seed(0)
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        num_labels=10,
-    )
     schedule = {"update_every": 2, "delay": 4, "stability_threshold": 0.9, "cutoff": 0.3, "max_rank_drop": 0.3}
-    model = get_peft_model(ViTForImageClassification(config), OIALRConfig(pretraining=True, **schedule))
+    model = get_peft_model(vit(16, 2, 2, 24), OIALRConfig(pretraining=True, **schedule))
     defaults = {
         "max_steps": 12,
         "learning_rate": 5e-3,

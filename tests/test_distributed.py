@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 import random
 import signal
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -28,6 +30,7 @@ from runs import (
     train,
 )
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -342,6 +345,41 @@ def test_the_reducer_is_made_again_only_when_a_trained_parameter_was_replaced(tw
         assert not all(changed)
 
 
+def train_and_watch_buckets() -> tuple[int, int, int]:
+    """Buckets of the dense phase that are alive before the freeze and after it, and how many there are after it."""
+    torch.manual_seed(0)
+    schedule = {"freeze_when": "delay", "delay": 3, "update_every": 1, "cutoff": 0.5}
+    model = get_peft_model(Tower(), OIALRConfig(pretraining=True, exclude_modules=["head"], **schedule))
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    seen: list[weakref.ref] = []
+
+    def hook(state, bucket):
+        seen.append(weakref.ref(bucket.buffer().untyped_storage()))
+        return default_hooks.allreduce_hook(state, bucket)
+
+    wrapped.register_comm_hook(None, hook)
+    optimizer = torch.optim.AdamW(model.parameters())
+    controller = OIALRController(wrapped, optimizer, total_steps=10)
+    for step in range(1, 5):
+        wrapped(torch.randn(4, 12)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 3:
+            dense = list(seen)
+            before = sum(storage() is not None for storage in dense)
+            seen.clear()
+        controller.step()
+    gc.collect()
+    return before, sum(storage() is not None for storage in dense), len(seen)
+
+
+def test_the_freeze_frees_the_buckets_of_the_dense_gradients(two):
+    for before, after, new in two.run(train_and_watch_buckets):
+        assert before > 0
+        assert after == 0
+        assert new > 0
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -410,6 +448,14 @@ def make_different_lengths():
     OIALRController(wrapped, torch.optim.AdamW(trained), total_steps=100 + dist.get_rank())
 
 
+def make_loaded_with_nan():
+    model = tower()
+    wrapped = DistributedDataParallel(model)
+    if dist.get_rank() == 1:
+        adapter_layers(model)["down"].trained_parameter("default").data[0, 0] = float("inf")
+    controlled(wrapped)
+
+
 REFUSED = [
     (make_unwrapped, "not wrapped for it, so each would train its own. Pass the model as `accelerator.prepare`"),
     (make_static_graph, "`static_graph=True` fixes the set of parameters"),
@@ -421,6 +467,7 @@ REFUSED = [
     (make_tensor_parallel, "tensor parallelism"),
     (make_different_settings, "The configuration differs between the 2 processes"),
     (make_different_lengths, "The configuration differs between the 2 processes"),
+    (make_loaded_with_nan, "The adapter's weight of `down` holds NaN or Inf"),
 ]
 
 
@@ -440,6 +487,14 @@ def test_what_cannot_work_is_refused_at_the_start_on_every_process(two):
     for errors in two.run(errors_of, functions):
         for error, (_, expected) in zip(errors, REFUSED, strict=True):
             assert expected in error
+
+
+def test_what_processes_compare_says_nothing_of_their_devices():
+    """Each has a GPU of its own, whose number PyTorch shows when it prints a parameter."""
+    layers = adapter_layers(tower())
+    _, _, shapes = controller_module._settings_of(OIALRConfig(), 10, layers)
+    assert shapes["up"] == [16, 12, "default: dense"]
+    assert set(shapes) == {"up", "middle", "down"}
 
 
 def test_data_parallel_is_refused(monkeypatch):
