@@ -19,8 +19,7 @@ _registration.extend_peft_type()
 
 from oialr_peft.config import OIALRConfig  # noqa: E402  (needs the extended enum)
 from oialr_peft.controller import OIALRController, OIALRUpdate  # noqa: E402
-from oialr_peft.export import register as _register_format  # noqa: E402
-from oialr_peft.export import save_low_rank  # noqa: E402
+from oialr_peft.export import save_dense, save_lora, save_low_rank, to_dense  # noqa: E402
 from oialr_peft.factors import (  # noqa: E402
     Factors,
     factorize,
@@ -29,6 +28,7 @@ from oialr_peft.factors import (  # noqa: E402
     stability,
     truncate,
 )
+from oialr_peft.low_rank import register as _register_format  # noqa: E402
 from oialr_peft.model import OIALRModel  # noqa: E402
 
 _registration.register(OIALRConfig, OIALRModel)
@@ -63,8 +63,11 @@ __all__ = [
     "polar_factor",
     "rank_table",
     "rediagonalize",
+    "save_dense",
+    "save_lora",
     "save_low_rank",
     "stability",
+    "to_dense",
     "truncate",
 ]
 

@@ -1,214 +1,39 @@
-"""Standalone low-rank checkpoints: a transformers model whose target layers are stored, loaded and run as factors.
+"""Writes models in forms that others load: standalone low-rank checkpoints, dense ones, and LoRA adapters.
 
-`save_low_rank` writes them; after ``import oialr_peft``, ``AutoModelForX.from_pretrained(directory)`` loads them. The way
-in is transformers' registry of quantizers, which changes a model's modules before its weights are read: neither a base
-model nor a dense weight of a factored layer is ever made.
+================ ============================== =============================== ==========================
+function         what is written                needed to load it               which adapters
+================ ============================== =============================== ==========================
+`save_low_rank`  U, Σ, Vᵀ of each layer         transformers and this package   replace mode
+`save_dense`     the merged weights             transformers                    all; base not quantized
+`save_lora`      A = Vᵀ, B = U C of each layer  PEFT and the base model         residual mode
+================ ============================== =============================== ==========================
+
+Nothing is merged into the model at hand, and nothing is written that is not finite.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, _is_key_under_prefixes
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from oialr_peft.factors import Factors
+from oialr_peft.attention import SplitAttention
+from oialr_peft.config import OIALRConfig
 from oialr_peft.layer import OIALRLinear
-from oialr_peft.ops import build, factored_linear
-
-METHOD = "oialr_low_rank"
-FORMAT_VERSION = 1
-
-
-class LowRankLinear(nn.Module):
-    """``y = x V Σᵀ Uᵀ + b``, a linear module that has only its factors; Σ and b train, U and V are frozen.
-
-    Args:
-        in_features, out_features: n and m.
-        rank: r, between 1 and min(m, n).
-        bias: whether there is a b.
-        transposed: whether it stands for a transformers `Conv1D`, which `to_dense` then makes again.
-        device, dtype: of the parameters.
-
-    Attributes:
-        u, sigma, vh: (m, r), (r, r), (r, n).
-        bias: (m,) or None.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = True,
-        transposed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank, self.transposed = in_features, out_features, rank, transposed
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.u = nn.Parameter(torch.zeros(out_features, rank, **made), requires_grad=False)
-        self.sigma = nn.Parameter(torch.zeros(rank, rank, **made))
-        self.vh = nn.Parameter(torch.zeros(rank, in_features, **made), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(out_features, **made)) if bias else None
-
-    @property
-    def weight(self) -> Tensor:
-        """Shape and dtype of the dense weight, which does not exist: a tensor without values."""
-        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
-        return torch.empty(shape, dtype=self.sigma.dtype, device="meta")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) → (..., m)."""
-        return factored_linear(x, Factors(self.u, self.sigma, self.vh), self.bias)
-
-    @torch.no_grad()
-    def to_dense(self) -> nn.Linear | Conv1D:
-        """The dense module that computes the same."""
-        dense: nn.Linear | Conv1D
-        with torch.device("meta"):
-            if self.transposed:
-                dense = Conv1D(self.out_features, self.in_features)
-            else:
-                dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        weight = build(Factors(self.u, self.sigma, self.vh))
-        dense.weight = nn.Parameter((weight.T if self.transposed else weight).contiguous())
-        if self.bias is not None:
-            dense.bias = self.bias
-        return dense
-
-    def extra_repr(self) -> str:
-        """Sizes and rank."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
-
-class LowRankConfig(QuantizationConfigMixin):
-    """What a standalone checkpoint says of its layers, in `config.json` under `quantization_config`.
-
-    Args:
-        ranks: full module name → rank of the factored layers.
-        format_version: of the checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is of a later format, or a rank is no positive integer.
-    """
-
-    def __init__(self, ranks: dict[str, int], format_version: int = FORMAT_VERSION, **_: Any) -> None:
-        if format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"The checkpoint has format {format_version}; this release reads up to {FORMAT_VERSION}. Upgrade "
-                "oialr-peft."
-            )
-        for name, rank in ranks.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"`ranks` must hold positive integers, but has {rank!r} for `{name}`.")
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.ranks = ranks
-        self.format_version = format_version
-
-
-class LowRankQuantizer(HfQuantizer):
-    """Puts `LowRankLinear` modules into a model before its weights are loaded; nothing is quantized."""
-
-    quantization_config: LowRankConfig
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        replace_by_low_rank(model, self.quantization_config.ranks)
-        return model
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for module in model.modules():
-            if isinstance(module, LowRankLinear):
-                module.u.requires_grad_(False)
-                module.vh.requires_grad_(False)
-        return model
-
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, LowRankLinear):
-                model.set_submodule(name, module.to_dense().to(dtype or module.sigma.dtype))
-        return model
-
-    def is_serializable(self) -> bool:
-        """Such a model can be saved again."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Such a model can be trained."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """The Trainer may train it without an adapter."""
-        return True
-
-
-def register() -> None:
-    """Make transformers know the format; calling again replaces the classes of an earlier import."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LowRankConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = LowRankQuantizer
-
-
-def replace_by_low_rank(model: PreTrainedModel, ranks: dict[str, int]) -> None:
-    """Put a `LowRankLinear` of the given rank in the place of each named linear module; values are not set.
-
-    Names may have the prefix of the base model (``bert.``) or lack it, as the checkpoint of a model with a head does when
-    its base model is loaded, and the other way round. Layers that this model does not have, such as a head, are left out.
-
-    Raises:
-        ValueError: none of the names fits, or a module is not linear or too small for its rank.
-    """
-    prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
-    found = 0
-    for recorded, rank in ranks.items():
-        names = (recorded, recorded.removeprefix(prefix), prefix + recorded)
-        name = next((name for name in names if name in modules), None)
-        if name is None:
-            continue
-        module = modules[name]
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            raise ValueError(
-                f"`{name}` is stored as factors, but is a {type(module).__name__} here: not the same model."
-            )
-        transposed = isinstance(module, Conv1D)
-        out_features, in_features = module.weight.T.shape if transposed else module.weight.shape
-        if rank > min(out_features, in_features):
-            raise ValueError(f"`{name}` is stored at rank {rank}, more than its {out_features}×{in_features} can have.")
-        made = LowRankLinear(
-            in_features,
-            out_features,
-            rank,
-            bias=module.bias is not None,
-            transposed=transposed,
-            device=module.weight.device,
-            dtype=module.weight.dtype,
-        )
-        model.set_submodule(name, made)
-        found += 1
-    if ranks and not found:
-        raise ValueError(
-            f"None of the {len(ranks)} factored layers of the checkpoint, such as `{next(iter(ranks))}`, is in a "
-            f"{type(model).__name__}. Load it as the class that it was saved from."
-        )
-
-
-class _Standalone(NamedTuple):
-    state_dict: dict[str, Tensor]
-    ranks: dict[str, int]
+from oialr_peft.low_rank import LowRankConfig, LowRankLinear, LowRankQuantizer, join_attention, replace_by_low_rank
+from oialr_peft.matricization import Convolution
 
 
 def save_low_rank(
@@ -218,7 +43,7 @@ def save_low_rank(
 
     After ``import oialr_peft``, every ``AutoModelForX.from_pretrained(directory)`` loads it, with `dtype`, `device_map`
     and the rest. The result computes what `model` computes with this adapter, trains on, and can be saved again.
-    ``model.dequantize()`` makes it dense.
+    `to_dense` makes it dense.
 
     Args:
         model: a transformers model with an OIALR adapter in replace mode, as a `PeftModel` or not.
@@ -227,46 +52,211 @@ def save_low_rank(
         **kwargs: of `PreTrainedModel.save_pretrained`, such as `max_shard_size` or `push_to_hub`.
 
     Raises:
-        ValueError: the model is no transformers model, has no such adapter, has other adapters in it, or a layer cannot be
-            stored by its factors alone: in residual mode, or merged.
+        ValueError: the model is no transformers model, has no such adapter, has other adapters in it, a value is not
+            finite, or a layer cannot be stored by its factors alone: in residual mode, or merged.
     """
+    base = _transformers_model(model)
+    stored = _state_of(base, adapter_name, dense=False)
+    config = copy.deepcopy(base.config)
+    config.quantization_config = LowRankConfig(stored.ranks, stored.split_attention)
+    skeleton = _filled(base, config, stored)
+    skeleton.hf_quantizer = LowRankQuantizer(config.quantization_config)  # type: ignore[assignment]
+    skeleton.save_pretrained(directory, **kwargs)
+
+
+class DenseExport(NamedTuple):
+    """How far the outputs of a merged model, as loaded from its files, are from those of the model it was made of."""
+
+    difference: float  # largest |merged − adapted| over all outputs
+    scale: float  # largest |adapted|
+
+    def __str__(self) -> str:
+        return f"largest difference of an output: {self.difference:.3g}, of outputs up to {self.scale:.3g}"
+
+
+def save_dense(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> DenseExport:
+    """Write a plain transformers checkpoint with the adapter merged into its weights, and compare the outputs.
+
+    Args:
+        model: a transformers model with an OIALR adapter, or one that was loaded from a low-rank checkpoint. It is not
+            changed.
+        directory: where to write.
+        adapter_name: which adapter; `None` means the active one.
+        example_inputs: arguments of the model's `forward` to compare the outputs on; `None` means random tokens or
+            pixels, where that is what the model takes.
+        **kwargs: of `PreTrainedModel.save_pretrained`.
+
+    Returns:
+        The largest difference of an output, and the largest output.
+
+    Raises:
+        ValueError: a weight is not finite, in which case nothing is written; the base weights are quantized; there are
+            other adapters in the model; or it takes inputs that cannot be made here.
+    """
+    base = _transformers_model(model)
+    inputs = _example_inputs(base) if example_inputs is None else dict(example_inputs)
+    stored = _state_of(base, adapter_name, dense=True)
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dense = _filled(base, config, stored)
+    join_attention(dense)
+    dense.save_pretrained(directory, **kwargs)
+    written = type(base).from_pretrained(directory, dtype=base.dtype).to(base.device)
+    return _compare(base, written, inputs)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Make a model dense in place: merge its OIALR adapter, or multiply the factors of a low-rank checkpoint.
+
+    Args:
+        model: a `PeftModel` with an OIALR adapter, or a model that was loaded from a low-rank checkpoint.
+
+    Returns:
+        The plain model, which transformers saves and loads without this package.
+
+    Raises:
+        ValueError: it is neither, or a merged weight is not finite.
+    """
+    if isinstance(model, PeftModel):
+        return cast(nn.Module, model.merge_and_unload(safe_merge=True))
+    if isinstance(model, PreTrainedModel) and isinstance(getattr(model, "hf_quantizer", None), LowRankQuantizer):
+        return cast(nn.Module, model.dequantize())
+    raise ValueError(
+        f"`model` must be a PeftModel or be loaded from a low-rank checkpoint, but is a {type(model).__name__} that is "
+        "neither. A dense model needs nothing."
+    )
+
+
+def save_lora(model: nn.Module, directory: str | os.PathLike[str], *, adapter_name: str | None = None) -> None:
+    """Write a residual adapter as a LoRA adapter that PEFT loads without this package: ``A = Vᵀ``, ``B = U C``.
+
+    No decomposition is needed, each layer keeps its own rank, and the two compute the same up to rounding.
+
+    Args:
+        model: a `PeftModel` with an OIALR adapter in residual mode.
+        directory: where to write `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_name: which adapter; `None` means the active one.
+
+    Raises:
+        ValueError: the adapter is not residual, a value is not finite, or a layer is of a kind that LoRA has not: a
+            projection of `nn.MultiheadAttention`, or a convolution with dilation or a padding mode.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"`model` must be a PeftModel, but is a {type(model).__name__}. Wrap it with `get_peft_model`."
+        )
+    name = adapter_name or model.active_adapter
+    layers = {each.name: each for each in _layers_of(model, name).values()}
+    config = cast(OIALRConfig, model.peft_config[name])
+    if not config.residual:
+        raise ValueError(
+            "Only residual adapters are low-rank corrections of the base weights, as LoRA is, but this one replaces "
+            "them. Use `save_low_rank` or `save_dense`; `peft.save_as_lora` approximates the difference."
+        )
+    for key, layer in layers.items():
+        _require_lora_equivalent(key, layer, model)
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    state = {key: value for key, value in state.items() if ".oialr_" not in key}
+    for key, layer in layers.items():
+        factors = layer.factors(name)
+        prefix, ones = f"base_model.model.{key}.lora_", (1,) * (len(layer.form.weight_shape) - 2)
+        b = factors.u @ factors.sigma
+        state[f"{prefix}A.weight"] = layer.form.stored(factors.vh) if ones else factors.vh
+        state[f"{prefix}B.weight"] = b.reshape(*b.shape, *ones)
+    _require_finite(state)
+    ranks = {key: layer.rank(name) for key, layer in layers.items()}
+    lora = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        target_modules=list(layers),
+        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        bias=cast(Any, {"oialr_only": "lora_only"}.get(config.bias, config.bias)),
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in state.items()},
+        Path(directory, SAFETENSORS_WEIGHTS_NAME),
+        metadata={"format": "pt"},
+    )
+    lora.save_pretrained(os.fspath(directory))
+
+
+def _require_lora_equivalent(name: str, layer: OIALRLinear, model: nn.Module) -> None:
+    base = layer.get_base_layer()
+    in_attention = isinstance(model.get_submodule(f"base_model.model.{name}".rpartition(".")[0]), SplitAttention)
+    special = isinstance(layer.form, Convolution) and (
+        cast(Any, base).padding_mode != "zeros" or set(cast(Any, base).dilation) != {1}
+    )
+    if in_attention or special:
+        raise ValueError(
+            f"`{name}` has no counterpart among PEFT's LoRA layers, which know neither single projections of "
+            "nn.MultiheadAttention nor convolutions with dilation or a padding mode. Use `save_dense`."
+        )
+
+
+# ---- the state of a model under its own names ------------------------------------------------------------------------
+
+
+class _Stored(NamedTuple):
+    state_dict: dict[str, Tensor]
+    ranks: dict[str, int]
+    split_attention: list[str]
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
             f"`model` must be a transformers model with an OIALR adapter, but is a {type(base).__name__}. Save another "
             "model's adapter with `save_pretrained`."
         )
-    stored = _standalone(base, adapter_name)
-    config = copy.deepcopy(base.config)
-    config.quantization_config = LowRankConfig(stored.ranks)
-    with torch.device("meta"):
-        skeleton = type(base)(config)
-    replace_by_low_rank(skeleton, stored.ranks)
-    skeleton.load_state_dict(stored.state_dict, assign=True, strict=False)
-    skeleton.tie_weights()
-    left = [name for name, parameter in skeleton.named_parameters() if parameter.is_meta]
-    if left:
-        raise ValueError(f"`{left[0]}` of {type(base).__name__} has no value in this model, so it cannot be saved.")
-    skeleton.hf_quantizer = LowRankQuantizer(config.quantization_config)  # type: ignore[assignment]
-    if getattr(base, "generation_config", None) is not None:
-        skeleton.generation_config = base.generation_config
-    skeleton.save_pretrained(directory, **kwargs)
+    return base
 
 
-def _standalone(base: PreTrainedModel, adapter_name: str | None) -> _Standalone:
-    """The state of the base model under its own names, with factors in the place of adapted weights."""
-    state = base.state_dict()
-    ranks: dict[str, int] = {}
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, OIALRLinear)}
+def _layers_of(model: nn.Module, adapter_name: str | None) -> dict[str, OIALRLinear]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, OIALRLinear)}
     if not layers:
         raise ValueError("The model has no OIALR adapter, so there is nothing low-rank to save. Use `save_pretrained`.")
-    name = adapter_name or next(iter(layers.values())).active_adapters[0]
+    for key, layer in layers.items():
+        if adapter_name is not None and not layer.has_adapter(adapter_name):
+            raise ValueError(
+                f"`{key}` has no adapter `{adapter_name}`. Pass the `adapter_name` of one that covers every layer."
+            )
+    return layers
+
+
+def _state_of(base: PreTrainedModel, adapter_name: str | None, *, dense: bool) -> _Stored:
+    """The state of the base model under its own names, with factors or merged weights in the place of adapted ones."""
+    if not (dense and any(isinstance(module, LowRankLinear) for module in base.modules())):
+        layers = _layers_of(base, adapter_name)
+        adapter_name = adapter_name or next(iter(layers.values())).active_adapters[0]
+    name = adapter_name or ""
+    state = base.state_dict()
+    ranks: dict[str, int] = {}
     replaced: set[str] = set()
     ours: dict[str, Tensor] = {}
     for key, module in base.named_modules():
         if isinstance(module, OIALRLinear):
             replaced.add(key)
-            ours |= _of_layer(key, module, name, ranks)
+            ours |= _of_layer(key, module, name, ranks, dense=dense)
+        elif isinstance(module, LowRankLinear) and dense:
+            replaced.add(key)
+            ours |= {f"{key}.{part}": value.detach() for part, value in module.to_dense().named_parameters()}
         elif isinstance(module, ModulesToSaveWrapper):
             replaced.add(key)
             trained = module.modules_to_save[name].state_dict()
@@ -279,21 +269,87 @@ def _standalone(base: PreTrainedModel, adapter_name: str | None) -> _Standalone:
                 "`merge_and_unload`."
             )
     state = {key: value for key, value in state.items() if not _is_key_under_prefixes(key, replaced)} | ours
-    return _Standalone(state, ranks)
+    _require_finite(state)
+    attention = [key for key, module in base.named_modules() if isinstance(module, SplitAttention)]
+    return _Stored(state, ranks, attention)
 
 
-def _of_layer(key: str, layer: OIALRLinear, name: str, ranks: dict[str, int]) -> dict[str, Tensor]:
+def _of_layer(key: str, layer: OIALRLinear, name: str, ranks: dict[str, int], *, dense: bool) -> dict[str, Tensor]:
     if not layer.has_adapter(name):
         raise ValueError(f"`{key}` has no adapter `{name}`. Pass the `adapter_name` of one that covers every layer.")
-    if layer.residual[name] or layer.merged or not isinstance(layer.base_layer, (nn.Linear, Conv1D)):
+    nested = isinstance(layer.base_layer, BaseTunerLayer)
+    if layer.merged or nested or (layer.residual[name] and not dense):
         raise ValueError(
             f"`{key}` is more than its factors: its adapter is residual, merged, or on top of another one. Use "
-            "`merge_and_unload` and save the dense model."
+            "`save_dense` for a residual adapter, and unmerge a merged one."
         )
     bias = layer.get_base_layer().bias
     stored = {} if bias is None else {f"{key}.bias": cast(Tensor, bias).detach()}
+    if dense:
+        return stored | {f"{key}.weight": layer.merged_weight([name])}
     if layer.is_dense(name):
-        weight = layer.oialr_weight[name].detach()
-        return stored | {f"{key}.weight": (weight.T if layer.transposed else weight).contiguous()}
+        return stored | {f"{key}.weight": layer.form.stored(layer.oialr_weight[name].detach()).contiguous()}
     ranks[key] = layer.rank(name)
     return stored | {f"{key}.{part}": factor for part, factor in layer.factors(name)._asdict().items()}
+
+
+def _require_finite(state: Mapping[str, Tensor]) -> None:
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"`{name}` holds NaN or Inf, so nothing is written. Go back to an earlier checkpoint.")
+
+
+def _filled(base: PreTrainedModel, config: PreTrainedConfig, stored: _Stored) -> PreTrainedModel:
+    """A model of the same class that holds the stored tensors themselves, with modules for their factors."""
+    with torch.device("meta"):
+        model = cast(PreTrainedModel, cast(Any, type(base))(config))
+    replace_by_low_rank(model, stored.ranks, stored.split_attention)
+    model.load_state_dict(stored.state_dict, assign=True, strict=False)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise ValueError(f"`{left[0]}` of {type(base).__name__} has no value in this model, so it cannot be saved.")
+    if getattr(base, "generation_config", None) is not None:
+        model.generation_config = base.generation_config
+    return model
+
+
+# ---- comparing outputs -----------------------------------------------------------------------------------------------
+
+
+def _example_inputs(base: PreTrainedModel) -> dict[str, Tensor]:
+    """Random tokens or pixels, from a generator of their own."""
+    generator = torch.Generator().manual_seed(0)
+    config = base.config.get_text_config()
+    vocabulary, size = getattr(config, "vocab_size", None), getattr(base.config, "image_size", None)
+    if base.main_input_name == "input_ids" and vocabulary is not None:
+        tokens = torch.randint(vocabulary, (2, 8), generator=generator).to(base.device)
+        return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
+    if base.main_input_name == "pixel_values" and isinstance(size, int):
+        pixels = torch.randn(2, base.config.num_channels, size, size, generator=generator)
+        return {"pixel_values": pixels.to(base.device, base.dtype)}
+    raise ValueError(
+        f"{type(base).__name__} takes `{base.main_input_name}`, which cannot be made here. Pass `example_inputs` to "
+        "compare the outputs on."
+    )
+
+
+@torch.no_grad()
+def _compare(model: PreTrainedModel, merged: PreTrainedModel, inputs: dict[str, Any]) -> DenseExport:
+    training = model.training
+    model.eval()
+    try:
+        expected = _outputs(model(**inputs))
+    finally:
+        model.train(training)
+    found = _outputs(merged.eval()(**inputs))
+    return DenseExport(
+        max(float((ours - theirs).abs().max()) for ours, theirs in zip(found, expected, strict=True)),
+        max(float(each.abs().max()) for each in expected),
+    )
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    """The floating-point tensors that a model returned, without caches."""
+    values = output.values() if isinstance(output, Mapping) else output
+    return [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]

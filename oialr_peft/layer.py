@@ -1,4 +1,4 @@
-"""`OIALRLinear`: the adapter layer around one linear module, in its dense and its factored phase.
+"""`OIALRLinear`: the adapter layer around one linear map, in its dense and its factored phase.
 
 What a layer holds per adapter:
 
@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, compute_dtype, factorize
-from oialr_peft.ops import Route, build, built_linear, cheapest_route, factored_linear, fold, folded_linear
+from oialr_peft.matricization import LINEAR_MODULES, LinearModule, Matricization, matricization_of
+from oialr_peft.ops import Route, build, fold
+from oialr_peft.quantization import dequantized_dtype, dequantized_weight, is_quantized
 from oialr_peft.schedule import rank_of
 from oialr_peft.sharding import like_shards_of, whole
 
@@ -37,28 +38,42 @@ NOISE = 0.5  # of the weight's own scale, for `init_weights=False`
 FACTOR_NAMES = r".*oialr_(u|sigma|vh)\b.*"  # a regular expression for what torch.compile calls our factors
 
 
-def supported_module(module: nn.Module, name: str) -> nn.Linear | Conv1D:
+def supported_module(module: nn.Module, name: str, *, residual: bool = True) -> LinearModule:
     """The linear module inside `module`, which may already carry adapters.
 
     Args:
         module: a target.
         name: its full name, for the error message.
+        residual: whether the adapter keeps the base weight, which may then be quantized.
 
     Raises:
-        ValueError: it is of another kind, or its weight is not a floating-point matrix.
+        ValueError: it is of another kind, has groups, or its weight is not floating-point.
     """
     inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not isinstance(inner, (nn.Linear, Conv1D)):
+    if not isinstance(inner, LINEAR_MODULES):
+        hint = " Its rows are looked up, not multiplied." if isinstance(inner, nn.Embedding) else ""
         raise ValueError(
-            f"`target_modules` may name nn.Linear and transformers' Conv1D modules, but `{name}` is a "
-            f"{type(inner).__name__}. Leave it out, or list it in `exclude_modules`."
+            "`target_modules` may name nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
+            f"nn.MultiheadAttention modules, but `{name}` is a {type(inner).__name__}.{hint} Leave it out, or list it in "
+            "`exclude_modules`."
         )
-    weight = inner.weight
-    released = isinstance(module, OIALRLinear) and module.base_released
-    if not released and (not weight.is_floating_point() or weight.ndim != 2):
+    form = matricization_of(inner)
+    if form is None:
         raise ValueError(
-            f"The weight of `{name}` must be a floating-point matrix, but has dtype {weight.dtype} and shape "
-            f"{tuple(weight.shape)}. Quantized base layers are not supported; load the model without quantization."
+            f"`{name}` is a convolution with {inner.groups} groups; only those with one are supported, because a "
+            "grouped weight is several matrices. Leave it out, or list it in `exclude_modules`."
+        )
+    released = isinstance(module, OIALRLinear) and module.base_released
+    if is_quantized(inner):
+        if not residual:
+            raise ValueError(
+                f"The base weight of `{name}` is quantized, so only a correction beside it can be trained. Set "
+                "`residual=True`, or load the model without quantization."
+            )
+    elif not released and not (inner.weight.is_floating_point() and inner.weight.shape == form.weight_shape):
+        raise ValueError(
+            f"The weight of `{name}` must be floating-point and {form.weight_shape}, but has dtype {inner.weight.dtype} and shape "
+            f"{tuple(inner.weight.shape)}. Of quantized weights, those of bitsandbytes and torchao are supported."
         )
     return inner
 
@@ -72,27 +87,30 @@ def initial_rank(config: OIALRConfig, name: str, shape: Sequence[int]) -> int | 
 
 
 class OIALRLinear(nn.Module, BaseTunerLayer):
-    """A linear module whose weight is trained dense, then as ``W = U Σ Vᵀ`` with frozen U, V.
+    """A linear map whose weight is trained dense, then as ``W = U Σ Vᵀ`` with frozen U, V.
 
     With the base weight W₀ and bias b of `base_layer`, and the weights W_a of the active adapters::
 
         y = x (W₀ + Σ_a ΔW_a)ᵀ + b,    ΔW_a = W_a − W₀ (replace)  or  U C Vᵀ (residual)
 
-    so that one active adapter in replace mode gives ``y = x W_aᵀ + b`` and does not touch W₀.
+    so that one active adapter in replace mode gives ``y = x W_aᵀ + b`` and does not touch W₀. For a convolution, W is
+    its weight read as a matrix, and x the patches of its input; see `matricization`.
 
     Args:
-        base_layer: `nn.Linear`, or Hugging Face `Conv1D`, whose weight is stored transposed.
+        base_layer: `nn.Linear`, transformers' `Conv1D`, or a convolution without groups.
         name: full module name in the base model; the key of this layer in `rank_pattern` and in reports.
 
     Attributes:
-        oialr_weight: (m, n) dense weights by adapter; (out, in) also for `Conv1D`.
+        out_features, in_features: m and n, the sizes of the matrix.
+        form: how the stored weight is read as that matrix.
+        oialr_weight: (m, n) dense weights by adapter.
         oialr_u, oialr_sigma, oialr_vh: (m, r), (r, r), (r, n) factors by adapter.
         residual: by adapter, whether its weight is added to the base weight instead of replacing it.
         full_rank: by adapter, the rank that the layer has just after it is factored.
         controlled: adapters whose phase and rank an `OIALRController` looks after.
 
     Raises:
-        ValueError: the module is of another kind, or its weight is not a floating-point matrix.
+        ValueError: the module is of another kind, has groups, or its weight is not floating-point.
     """
 
     adapter_layer_names = ("oialr_weight", "oialr_sigma")
@@ -103,8 +121,9 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         inner = supported_module(base_layer, name)
         self.base_layer = base_layer
         self.name = name
-        self.transposed = isinstance(inner, Conv1D)
-        self.out_features, self.in_features = inner.weight.T.shape if self.transposed else inner.weight.shape
+        self.form = cast(Matricization, matricization_of(inner))
+        self.out_features, self.in_features = self.form.m, self.form.n
+        self.quantized = is_quantized(inner)
         self.oialr_weight = nn.ParameterDict()
         self.oialr_u = nn.ParameterDict()
         self.oialr_sigma = nn.ParameterDict()
@@ -327,9 +346,38 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     # ---- computation -------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``y = x (W₀ + Σ_a ΔW_a)ᵀ + b``: (..., n) → (..., m), in the dtype of the input."""
-        active = [name for name in self.active_adapters if self.has_adapter(name)]
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """``y = x (W₀ + Σ_a ΔW_a)ᵀ + b``, in the dtype of the input.
+
+        Args:
+            x: (..., n), or what the convolution takes.
+            adapter_names: the adapter of each sample, ``"__base__"`` for none; `None` means the active ones for all.
+        """
+        if adapter_names is not None:
+            return self._mixed_output(x, adapter_names, *args, **kwargs)
+        return self._output(x, self.active_adapters, *args, **kwargs)
+
+    def _mixed_output(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively. Name one adapter for each sample."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        result: Tensor | None = None
+        for name in dict.fromkeys(adapter_names):
+            samples = [index for index, each in enumerate(adapter_names) if each == name]
+            output = self._output(x[samples], [name], *args, **kwargs)
+            if result is None:
+                result = output.new_empty(len(x), *output.shape[1:])
+            result[samples] = output
+        return x if result is None else result
+
+    def _output(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        active = [name for name in adapter_names if self.has_adapter(name)]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         replacing = sum(not self.residual[name] for name in active)
@@ -340,7 +388,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         else:
             result = self.base_layer(x, *args, **kwargs)
             if replacing > 1:
-                result = result - replacing * F.linear(x, self._base_matrix())
+                result = result - replacing * self.form.apply(x, self._base_matrix())
             rest = active
         for name in rest:
             result = result + self._adapter_output(x, name, None)
@@ -351,7 +399,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         if torch.is_autocast_enabled(device):
             if self.is_dense(adapter_name):
                 # autocast keeps the cast weight for further calls
-                return F.linear(x, self.oialr_weight[adapter_name], bias)
+                return self.form.apply(x, self.oialr_weight[adapter_name], bias)
             # cast once here, so that every route, the custom functions included, computes in the autocast dtype
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
@@ -359,7 +407,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         dtype = self.trained_parameter(adapter_name).dtype
         inputs = self._cast_input_dtype(x, dtype)
         if self.is_dense(adapter_name):
-            result = F.linear(inputs, self.oialr_weight[adapter_name], None if bias is None else bias.to(dtype))
+            result = self.form.apply(inputs, self.oialr_weight[adapter_name], None if bias is None else bias.to(dtype))
         else:
             result = self._factored_output(dtype, inputs, adapter_name, bias)
         return result if result.dtype == x.dtype else result.to(x.dtype)
@@ -373,29 +421,29 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             # of all sizes only the rank may be dynamic
             assert u.shape[0] == self.out_features
             assert vh.shape[1] == self.in_features
-            return factored_linear(x, Factors(u.to(dtype), sigma.to(dtype), vh.to(dtype)), bias)
-        route = self._route(adapter_name, x.numel() // self.in_features)
+            return self.form.chain(x, Factors(u.to(dtype), sigma.to(dtype), vh.to(dtype)), bias)
+        route = self._route(adapter_name, x)
         if route == "chain" or (torch.is_grad_enabled() and sigma.requires_grad):
             u, vh = self._product("bases", adapter_name, dtype)
             factors = Factors(u, sigma.to(dtype), vh)
             if route == "chain":
-                return factored_linear(x, factors, bias)
+                return self.form.chain(x, factors, bias)
             product = self._product(route, adapter_name, dtype)
             if route == "folded":
-                return folded_linear(x, factors, (product[0], product[1]), bias)
-            return built_linear(x, factors, product[0], bias)
+                return self.form.folded(x, factors, (product[0], product[1]), bias)
+            return self.form.built(x, factors, product[0], bias)
         if route == "folded":
             left, right = self._product("folded", adapter_name, dtype)
-            return F.linear(F.linear(x, right), left, bias)
-        return F.linear(x, self._product("built", adapter_name, dtype)[0], bias)
+            return self.form.mix(self.form.apply(x, right), left, bias)
+        return self.form.apply(x, self._product("built", adapter_name, dtype)[0], bias)
 
-    def _route(self, adapter_name: str, tokens: int) -> Route:
+    def _route(self, adapter_name: str, x: Tensor) -> Route:
         m, n = self.out_features, self.in_features
         sigma = self.oialr_sigma[adapter_name]
         rank = sigma.shape[0]
         # in training also without gradients: a checkpointed block is computed again with them, and needs one product
         if sigma.requires_grad and (torch.is_grad_enabled() or self.training):
-            return cheapest_route(m, n, rank, tokens)
+            return self.form.route(rank, x)
         if not self._may_keep_products(adapter_name):
             return "chain"
         return "folded" if (m + n) * rank < m * n else "built"
@@ -468,11 +516,12 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
                 f"`{self.name}` has no base weight to compare with: `pretraining=True` released it. Use "
                 "`merge_and_unload`, which writes the adapter's own weight."
             )
-        base = self.base_weight
-        delta = self.adapter_weight(adapter_name).to(compute_dtype(base))
+        dtype = self.base_dtype
+        delta = self.adapter_weight(adapter_name)
         if not self.residual[adapter_name]:
-            delta = delta - self._unmerged_base_matrix().to(delta.dtype)
-        return (delta.T if self.transposed else delta).to(base.dtype)
+            base = self._unmerged_base_matrix()
+            delta = delta.to(compute_dtype(base)) - base.to(compute_dtype(base))
+        return self.form.stored(delta).to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write ``W₀ + Σ_a ΔW_a`` into the base layer; `unmerge` restores W₀ bit for bit.
@@ -482,13 +531,14 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             adapter_names: which adapters; `None` means the active ones.
 
         Raises:
-            ValueError: with `safe_merge`, the merged weight is not finite; the base layer is then unchanged.
+            ValueError: with `safe_merge`, the merged weight is not finite; the base layer is then unchanged. Or the base
+                weight is quantized, which a merged weight would have to be as well.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not new:
             return
         base_weight = self.base_weight
-        merged = self._merged_matrix(self.merged_adapters + new)
+        merged = self.merged_weight(self.merged_adapters + new)
         if safe_merge and not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken: `{self.name}` "
@@ -496,9 +546,6 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             )
         if self._unmerged_weight is None:
             self._unmerged_weight = base_weight.data
-        # a copy, so that training the adapter on does not change the base
-        merged = (merged.T if self.transposed else merged).to(base_weight.dtype)
-        merged = merged.clone(memory_format=torch.contiguous_format)
         if self.base_released:
             del self.get_base_layer().weight
             self.get_base_layer().weight = nn.Parameter(merged, requires_grad=False)
@@ -520,6 +567,21 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             self.base_weight.data = self._unmerged_weight.to(self.base_weight)
         self._unmerged_weight = None
 
+    def merged_weight(self, adapter_names: list[str]) -> Tensor:
+        """``W₀ + Σ_a ΔW_a`` in the base weight's layout and dtype; a tensor of its own.
+
+        Raises:
+            ValueError: the base weight is quantized.
+        """
+        if self.quantized:
+            raise ValueError(
+                f"The base weight of `{self.name}` is quantized; merging would round the adapter away with it. Keep the "
+                "adapter beside it, write a LoRA adapter with `save_lora`, or load the base model without quantization "
+                "and merge into that."
+            )
+        merged = self.form.stored(self._merged_matrix(adapter_names)).to(self.base_weight.dtype)
+        return merged.clone(memory_format=torch.contiguous_format)
+
     def _merged_matrix(self, adapter_names: list[str]) -> Tensor:
         weights = [self.adapter_weight(name) for name in adapter_names]
         replacing = sum(not self.residual[name] for name in adapter_names)
@@ -535,17 +597,23 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     @property
     def base_weight(self) -> Tensor:
-        """The base layer's weight as it is stored: (m, n), or (n, m) in a `Conv1D`."""
+        """The base layer's weight as it is stored."""
         return cast(Tensor, self.get_base_layer().weight)
 
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The dtype that the base weight computes in; of a quantized one, that of its dequantized numbers."""
+        return dequantized_dtype(self.get_base_layer()) if self.quantized else self.base_weight.dtype
+
     def _base_matrix(self) -> Tensor:
-        weight = self.base_weight.detach()
-        return weight.T if self.transposed else weight
+        if self.quantized:
+            return self.form.matrix(dequantized_weight(self.get_base_layer()))
+        return self.form.matrix(self.base_weight.detach())
 
     def _unmerged_base_matrix(self) -> Tensor:
         if self._unmerged_weight is None:
             return self._base_matrix()
-        return self._unmerged_weight.T if self.transposed else self._unmerged_weight
+        return self.form.matrix(self._unmerged_weight)
 
     # ---- PEFT's protocol ---------------------------------------------------------------------------------------------
 
@@ -582,8 +650,8 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
                 container[adapter_name] = cast
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether ΔW is available, which PEFT's conversion to LoRA starts from."""
-        return not self.base_released
+        """Whether PEFT's conversion to LoRA can start from ΔW: it is available, and a matrix."""
+        return not self.base_released and len(self.form.weight_shape) == 2
 
     def extra_repr(self) -> str:
         """Phase and rank of each adapter."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -21,9 +24,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from oialr_peft.attention import ATTENTION, SplitAttention, avoid_fast_path, projections_of
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, compute_dtype, factorize_all
 from oialr_peft.layer import OIALRLinear, initial_rank, parameters_become_meta, supported_module
+from oialr_peft.matricization import Matricization, matricization_of
+from oialr_peft.quantization import is_quantized
 from oialr_peft.registration import PREFIX
 
 STEPS_UNTIL_WARNING = 100  # without a controller, when `update_every` is a fraction of an unknown number of steps
@@ -63,8 +69,12 @@ class OIALRModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model; see `BaseTuner.inject_adapter`."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT does not know the projections of an attention module; `_warn_about_unknown_ranks` does
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        _warn_about_unknown_ranks(model, adapter_name, config)
         if config.pretraining and config.inference_mode:
             model.requires_grad_(False)
         if not config.inference_mode:
@@ -86,19 +96,21 @@ class OIALRModel(BaseTuner):
     def _prepare_model(self, peft_config: OIALRConfig, model: nn.Module) -> None:  # type: ignore[override]
         target = peft_config.target_modules
         if isinstance(target, str) and target.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            peft_config.target_modules = set(_linear_modules_outside_the_head(model))  # type: ignore[assignment]
+            peft_config.target_modules = _exactly(_linear_modules_outside_the_head(model), model)  # type: ignore[assignment]
             if not peft_config.inference_mode and not peft_config.pretraining:
                 _warn_about_untrained_head(model, peft_config)
         # before anything is replaced, so that a refused target leaves the model as it was
         shared = _shared_weights(model)
-        inside = _prefixes_inside_adapter_layers(model)
+        inside = _prefixes_inside(model, BaseTunerLayer, *ATTENTION)
         self._factors: dict[str, Factors] = {}
         weights: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
-                inner = supported_module(module, name)
-                _require_own_weight(inner.weight, name, shared)
-                weights[name] = inner.weight.T if isinstance(inner, Conv1D) else inner.weight
+                for full_name, projection in projections_of(module, name):
+                    inner = supported_module(projection, full_name, residual=peft_config.residual)
+                    _require_own_weight(inner.weight, full_name, shared)
+                    if not is_quantized(inner):
+                        weights[full_name] = cast(Matricization, matricization_of(inner)).matrix(inner.weight)
         if not peft_config.is_from_checkpoint and not parameters_become_meta():
             self._factors = _initial_factors(peft_config, weights)
 
@@ -113,18 +125,40 @@ class OIALRModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(parent, nn.MultiheadAttention):
-            warnings.warn(
-                f"`{current_key}` is skipped: nn.MultiheadAttention reads the weight of its `out_proj` without calling "
-                "it, so an adapter there would have no effect.",
-                stacklevel=2,
-            )
+        if isinstance(parent, (nn.MultiheadAttention, SplitAttention)):
+            # its projections are adapted together, when it is a target itself
+            if not self._check_target_module_exists(peft_config, current_key.rpartition(".")[0]):
+                warnings.warn(
+                    f"`{current_key}` is skipped: nn.MultiheadAttention reads the weights of its projections without "
+                    "calling them. To adapt them, name the attention module itself.",
+                    stacklevel=2,
+                )
             return
+        if isinstance(target, (nn.MultiheadAttention, SplitAttention)):
+            attention = target if isinstance(target, SplitAttention) else SplitAttention(target)
+            for full_name, projection in projections_of(attention, current_key):
+                self._adapt(peft_config, adapter_name, projection, full_name.rpartition(".")[2], attention, full_name)
+            if attention is not target:
+                setattr(parent, target_name, attention)
+        else:
+            self._adapt(peft_config, adapter_name, target, target_name, parent, current_key)
+        avoid_fast_path(parent)
+
+    def _adapt(
+        self,
+        config: OIALRConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        full_name: str,
+    ) -> None:
+        factors = self._factors.pop(full_name, None)
         if isinstance(target, OIALRLinear):
-            target.add_adapter(adapter_name, peft_config, self._factors.pop(current_key, None))
+            target.add_adapter(adapter_name, config, factors)
             return
-        layer = OIALRLinear(target, current_key)
-        layer.add_adapter(adapter_name, peft_config, self._factors.pop(current_key, None))
+        layer = OIALRLinear(target, full_name)
+        layer.add_adapter(adapter_name, config, factors)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -152,7 +186,7 @@ class OIALRModel(BaseTuner):
         layers = list(adapter_layers(self.model, adapter_name).values())
         watched = [layer.trained_parameter(adapter_name) for layer in layers[:1]]
         for layer in layers:
-            base = layer.base_weight
+            base = torch.empty(0, dtype=layer.base_dtype, device="meta")
             layer.cast_adapter(adapter_name, compute_dtype(base) if autocast_adapter_dtype else base.dtype)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if layers and layers[0].trained_parameter(adapter_name) is not watched[0]:
@@ -178,14 +212,56 @@ class OIALRModel(BaseTuner):
                 f"only ones. Use {remedy}."
             )
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: PEFT's way to make one adapter of several.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "`add_weighted_adapter` is not supported: each OIALR adapter has a basis of its own, and a weighted sum of "
+            "several has none. Activate them together with `set_adapter([...])`, whose corrections add up, or merge them."
+        )
+
+    # ---- an adapter for each sample ----------------------------------------------------------------------------------
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names)
+        beams = kwargs.get("num_beams")
+        repeats = beams if isinstance(beams, int) else 1
+        encoder = _encoder_of(self.model)
+        # beam search repeats each sample, but not in the encoder
+        unrepeated = set() if encoder is None else set(encoder.modules())
+        with ExitStack() as hooks:
+            for module in self.modules():
+                if isinstance(module, (OIALRLinear, AuxiliaryTrainingWrapper)):
+                    own = list(names) if module in unrepeated else [name for name in names for _ in range(repeats)]
+                    hook = module.register_forward_pre_hook(partial(_name_adapters, own), with_kwargs=True)
+                    hooks.callback(hook.remove)
+            yield
+
+    def _check_adapter_names(self, names: list[str]) -> None:
+        if self.training:
             raise ValueError(
-                "`adapter_names` (a different adapter for each sample) is not supported by OIALR adapters. Call "
-                "`set_adapter` and run one batch per adapter."
+                "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first."
             )
-        yield
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(
+                f"`adapter_names` must be a list of str, one for each sample, but is {type(names).__name__}."
+            )
+        unknown = set(names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. There are "
+                f"{', '.join(sorted(self.peft_config))}, and `__base__` for none."
+            )
+        if "__base__" in names:
+            self._require_base("adapter_names", "the adapter's own name")
 
     # ---- saving and loading ------------------------------------------------------------------------------------------
 
@@ -305,20 +381,38 @@ def _require_own_weight(weight: Tensor, name: str, shared: dict[int, list[str]])
 
 
 def _linear_modules_outside_the_head(model: nn.Module) -> list[str]:
-    """Every `nn.Linear` and `Conv1D`, except the head of a transformers model and the inside of other adapters."""
+    """Every `nn.Linear`, `Conv1D` and `nn.MultiheadAttention`, except the head and the inside of other adapters.
+
+    Convolutions are left to be named, as in PEFT's other methods.
+    """
     heads = tuple(f"{name}." for name in _head_names(model))
-    inside = _prefixes_inside_adapter_layers(model)
-    return [
+    inside = _prefixes_inside(model, BaseTunerLayer, *ATTENTION)
+    names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, OIALRLinear))
+        if isinstance(module, (nn.Linear, Conv1D, OIALRLinear, *ATTENTION))
         and not f"{name}.".startswith(heads)
         and not name.startswith(inside)
     ]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer outside its head. Name what `target_modules` shall be; "
+            "convolutions are never chosen by default."
+        )
+    return names
 
 
-def _prefixes_inside_adapter_layers(model: nn.Module) -> tuple[str, ...]:
-    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+def _exactly(names: list[str], model: nn.Module) -> set[str] | str:
+    """A value of `target_modules` that names these modules and no other."""
+    modules = {name for name, _ in model.named_modules()}
+    # a name in a list also stands for those that end in it
+    if any(other.endswith(f".{name}") for name in names if "." not in name for other in modules):
+        return "|".join(re.escape(name) for name in names)
+    return set(names)
+
+
+def _prefixes_inside(model: nn.Module, *kinds: type) -> tuple[str, ...]:
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
 
 
 def _head_names(model: nn.Module) -> list[str]:
@@ -343,6 +437,31 @@ def _warn_about_untrained_head(model: nn.Module, config: OIALRConfig) -> None:
         warnings.warn(
             f"The head ({', '.join(untrained)}) is not a target and stays as it is. If it is new, pass "
             f"`modules_to_save={untrained}` or a `task_type`, so that it trains.",
+            stacklevel=2,
+        )
+
+
+def _name_adapters(
+    names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook that gives `names` to the layer."""
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model."""
+    if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
+        return None
+    return model.get_encoder()
+
+
+def _warn_about_unknown_ranks(model: nn.Module, adapter_name: str, config: OIALRConfig) -> None:
+    unknown = sorted(set(config.rank_pattern or {}) - set(adapter_layers(model, adapter_name)))
+    if unknown:
+        warnings.warn(
+            f"`rank_pattern` names modules that are not targets, and are left out: {unknown}. Its keys are full module "
+            "names.",
+            RuntimeWarning,
             stacklevel=2,
         )
 

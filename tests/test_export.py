@@ -24,7 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft import OIALRConfig, save_low_rank
-from oialr_peft.export import LowRankConfig, LowRankLinear
+from oialr_peft.low_rank import LowRankConfig, LowRankLinear
 from oialr_peft.model import adapter_layers
 
 pytestmark = [

@@ -132,7 +132,7 @@ def test_residual_factors_start_at_zero_in_the_bases_of_the_base_weight(base):
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Conv2d(3, 4, 1), nn.Embedding(3, 4), nn.LayerNorm(4), nn.Bilinear(2, 3, 4)],
+    [nn.ConvTranspose2d(3, 4, 1), nn.LayerNorm(4), nn.Bilinear(2, 3, 4)],
     ids=lambda module: type(module).__name__,
 )
 def test_other_modules_are_refused_by_name(module):
@@ -140,12 +140,21 @@ def test_other_modules_are_refused_by_name(module):
         OIALRLinear(module, "encoder.x")
 
 
+def test_an_embedding_is_refused_with_the_reason():
+    with pytest.raises(
+        ValueError, match=r"`encoder\.x` is a Embedding\. Its rows are looked up, not multiplied\. Leave"
+    ):
+        OIALRLinear(nn.Embedding(3, 4), "encoder.x")
+
+
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 1), (12,)], ids=str)
 def test_a_weight_that_is_not_a_floating_matrix_is_refused(shape):
     base = linear(4, 3)
     base.weight = nn.Parameter(torch.zeros(shape, dtype=torch.uint8), requires_grad=False)
     base.out_features, base.in_features = 4, 3
-    with pytest.raises(ValueError, match=r"`encoder\.x` must be a floating-point matrix, but has dtype torch\.uint8"):
+    with pytest.raises(
+        ValueError, match=r"`encoder\.x` must be floating-point and \(4, 3\), but has dtype torch\.uint8"
+    ):
         OIALRLinear(base, "encoder.x").add_adapter("default", OIALRConfig())
 
 

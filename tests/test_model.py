@@ -164,17 +164,17 @@ def test_a_target_that_does_not_exist_is_refused(mlp):
 @pytest.mark.parametrize(
     ("module", "kind"),
     [
-        (nn.Conv2d(3, 3, 1), "Conv2d"),
+        (nn.ConvTranspose1d(3, 3, 1), "ConvTranspose1d"),
         (nn.Embedding(3, 3), "Embedding"),
         (nn.LayerNorm(3), "LayerNorm"),
-        (nn.MultiheadAttention(4, 2), "MultiheadAttention"),
+        (nn.LSTM(3, 3), "LSTM"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_unsupported_target_is_refused_with_its_name_and_kind(module, kind):
     model = nn.Sequential()
     model.add_module("encoder", module)
-    with pytest.raises(ValueError, match=rf"nn\.Linear and .*Conv1D modules, but `encoder` is a {kind}\. Leave it out"):
+    with pytest.raises(ValueError, match=rf"nn\.Linear, .* modules, but `encoder` is a {kind}\. .*Leave it out"):
         get_peft_model(model, OIALRConfig(target_modules=["encoder"]))
 
 
@@ -216,16 +216,6 @@ def test_tied_weights_that_are_not_targets_stay_tied(t5, gpt2):
     for model in (t5, gpt2):
         adapted = get_peft_model(model, OIALRConfig()).get_base_model()
         assert adapted.get_input_embeddings().weight is adapted.get_output_embeddings().weight
-
-
-def test_the_projection_inside_a_multihead_attention_is_skipped_with_a_warning():
-    model = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 6, batch_first=True))
-    with pytest.warns(
-        UserWarning, match=r"`1\.self_attn\.out_proj` is skipped: nn\.MultiheadAttention reads the weight"
-    ):
-        adapted = get_peft_model(model, OIALRConfig())
-    assert set(adapter_layers(adapted)) == {"0", "1.linear1", "1.linear2"}
-    assert not isinstance(model[1].self_attn.out_proj, OIALRLinear)
 
 
 # ---- the head --------------------------------------------------------------------------------------------------------
@@ -415,11 +405,89 @@ def test_disable_adapter_gives_the_base_model_for_a_while(mlp, make_inputs, outp
     assert not torch.allclose(adapted, expected)
 
 
-def test_a_different_adapter_for_each_sample_is_refused(mlp, make_inputs):
-    model = get_peft_model(mlp, config())
-    model.eval()
-    with pytest.raises(ValueError, match=r"`adapter_names` .* is not supported by OIALR adapters\. Call `set_adapter`"):
-        model(**make_inputs("mlp"), adapter_names=["default"] * 3)
+# ---- an adapter for each sample --------------------------------------------------------------------------------------
+
+
+MIXED = {"first": {}, "second": {"residual": True, "init_rank": 2}, "third": {"freeze_when": "delay", "delay": 0}}
+
+
+def with_several_adapters(base, **targets):
+    model = None
+    for name, settings in MIXED.items():
+        adapter = OIALRConfig(**settings, init_weights=False, target_modules=targets.get(name))
+        if model is None:
+            model = get_peft_model(base, adapter, adapter_name=name)
+        else:
+            model.add_adapter(name, adapter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_sample_of_a_batch_can_have_an_adapter_of_its_own(name, make_model, make_inputs, outputs_of):
+    base = make_model(name)
+    model = with_several_adapters(make_model(name))
+    names = ["second", "__base__", "first", "third", "second"]
+    inputs = make_inputs(name, batch=5)
+    mixed = outputs_of(model, {**inputs, "adapter_names": names})
+    expected = {"__base__": outputs_of(base, inputs)}
+    for adapter in MIXED:
+        model.set_adapter(adapter)
+        expected[adapter] = outputs_of(model, inputs)
+    for sample, adapter in enumerate(names):
+        assert_close(mixed[sample], expected[adapter][sample])
+    assert_close(outputs_of(model, inputs), expected["third"])  # the hooks are gone
+
+
+def test_a_sample_of_an_adapter_without_a_layer_gets_the_base_layer(mlp, make_model, make_inputs, outputs_of):
+    model = with_several_adapters(mlp, first=["up"], second=["down"])
+    inputs = make_inputs("mlp", batch=2)
+    mixed = outputs_of(model, {**inputs, "adapter_names": ["first", "second"]})
+    model.set_adapter("first")
+    assert_close(mixed[0], outputs_of(model, inputs)[0])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_beam_search_keeps_the_adapter_of_each_sample(name, make_model, make_inputs):
+    model = with_several_adapters(make_model(name))
+    tokens = make_inputs(name, batch=2)["input_ids"]
+    search = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    mixed = model.generate(input_ids=tokens, adapter_names=["first", "second"], **search)
+    for sample, adapter in enumerate(["first", "second"]):
+        model.set_adapter(adapter)
+        alone = model.generate(input_ids=tokens[sample : sample + 1], **search)[0]
+        assert torch.equal(mixed[sample][: len(alone)], alone)
+
+
+def test_wrong_adapter_names_are_refused(mlp, make_inputs):
+    model = with_several_adapters(mlp)
+    inputs = make_inputs("mlp")
+    for names, message in (
+        (["first"] * 2, "Length of `adapter_names` .* got 2 and 3 respectively"),
+        (["first", "fourth", "fifth"], r"non-existing adapter\(s\): fifth, fourth\. There are first, second, third"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**inputs, adapter_names=names)
+    with pytest.raises(TypeError, match="`adapter_names` must be a list of str"):
+        model(**inputs, adapter_names="first")
+    model.merge_adapter(["first"])
+    with pytest.raises(ValueError, match="when there are merged adapters, please call `unmerge_adapter` first"):
+        model(**inputs, adapter_names=["first"] * 3)
+    model.unmerge_adapter()
+    model.train()
+    with pytest.raises(ValueError, match="when the model is in training mode"):
+        model(**inputs, adapter_names=["first"] * 3)
+
+
+def test_samples_without_an_adapter_need_the_base_weights(mlp, make_inputs):
+    model = get_peft_model(mlp, OIALRConfig(pretraining=True)).eval()
+    with pytest.raises(RuntimeError, match="`adapter_names` needs the base weights, but `pretraining=True` released"):
+        model(**make_inputs("mlp"), adapter_names=["default", "__base__", "default"])
+
+
+def test_a_weighted_sum_of_adapters_is_refused_with_the_reason(mlp):
+    model = with_several_adapters(mlp)
+    with pytest.raises(ValueError, match="each OIALR adapter has a basis of its own"):
+        model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "sum")
 
 
 # ---- merging and unloading -------------------------------------------------------------------------------------------
