@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 PARTS = ("u", "sigma", "vh")
@@ -60,7 +61,7 @@ def adapter_file(source: str, subfolder: str | None = None, **hub: Any) -> Path 
     """
     name = SAFETENSORS_WEIGHTS_NAME
     directory = Path(source, subfolder or "")
-    if directory.is_dir():
+    if directory.is_dir() or Path(source).is_dir():
         if (directory / name).is_file():
             return directory / name
         if (directory / WEIGHTS_NAME).is_file():
@@ -101,6 +102,14 @@ def check_adapter_file(
                 f"`{path}` holds nothing for `{name}`, which its configuration says has rank {rank}. The file is "
                 "incomplete, or belongs to another `adapter_config.json`."
             )
+
+
+def check_adapter_directory(directory: str | os.PathLike[str], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """`check_adapter_file` for a saved adapter and the configuration beside it, where there is one."""
+    config, path = Path(directory, CONFIG_NAME), adapter_file(os.fspath(directory))
+    if path is not None and config.is_file():
+        ranks = json.loads(config.read_text(encoding="utf-8")).get("rank_pattern")
+        check_adapter_file(path, ranks or {}, shapes)
 
 
 def check_low_rank_files(paths: Iterable[str], ranks: Mapping[str, int]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -17,6 +18,14 @@ Shrink = Literal["physical", "mask"]
 Bias = Literal["none", "all", "oialr_only"]
 
 DEFAULT_DELAY = 0.1  # of all steps; not yet the result of a measurement (docs/differences.md)
+
+
+class SavedAdapter(NamedTuple):
+    """Where an adapter is saved."""
+
+    path: str  # a directory, or a repository of the Hub
+    subfolder: str | None
+    hub: dict[str, Any]  # arguments of `hf_hub_download`, such as `revision`
 
 
 @dataclass
@@ -163,6 +172,24 @@ class OIALRConfig(PeftConfig):
         """The fields as a dictionary; sets become sorted lists, so that equal settings give equal files."""
         fields = super().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> OIALRConfig:
+        """Read a saved configuration; see `PeftConfig.from_pretrained`.
+
+        Adapters that are made from it are checked against the weights beside it before the model is changed.
+        """
+        config = cast(OIALRConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
+        hub, *_ = cls._split_kwargs(kwargs)
+        cast(Any, config)._source = SavedAdapter(os.fspath(pretrained_model_name_or_path), subfolder, hub)
+        return config
+
+    @property
+    def source(self) -> SavedAdapter | None:
+        """Where this configuration was read from, if it was read by `OIALRConfig.from_pretrained`."""
+        return self.__dict__.get("_source")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; see `PeftConfig.save_pretrained`.

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.attention import ATTENTION, SplitAttention, avoid_fast_path, projections_of
+from oialr_peft.checkpoints import adapter_file, check_adapter_file
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, compute_dtype, factorize_all
 from oialr_peft.layer import OIALRLinear, initial_rank, parameters_become_meta, supported_module
@@ -104,13 +105,21 @@ class OIALRModel(BaseTuner):
         inside = _prefixes_inside(model, BaseTunerLayer, *ATTENTION)
         self._factors: dict[str, Factors] = {}
         weights: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, int]] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
                 for full_name, projection in projections_of(module, name):
                     inner = supported_module(projection, full_name, residual=peft_config.residual)
                     _require_own_weight(inner.weight, full_name, shared)
-                    if not is_quantized(inner):
-                        weights[full_name] = cast(Matricization, matricization_of(inner)).matrix(inner.weight)
+                    form = cast(Matricization, matricization_of(inner))
+                    shapes[full_name] = form.m, form.n
+                    if not is_quantized(inner) and inner.weight.numel():
+                        weights[full_name] = form.matrix(inner.weight)
+        if peft_config.is_from_checkpoint and peft_config.source is not None:
+            source = peft_config.source
+            file = adapter_file(source.path, source.subfolder, **source.hub)
+            if file is not None:
+                check_adapter_file(file, peft_config.rank_pattern or {}, shapes)
         if not peft_config.is_from_checkpoint and not parameters_become_meta():
             self._factors = _initial_factors(peft_config, weights)
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from oialr_peft.checkpoints import check_adapter_directory
 from oialr_peft.controller import OIALRController
 from oialr_peft.layer import OIALRLinear
 
@@ -210,6 +212,8 @@ class OIALRTrainerMixin(_MixinBase):
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        for layers, directory in _saved_adapters(cast(torch.nn.Module, model or self.model), resume_from_checkpoint):
+            check_adapter_directory(directory, {layer.name: (layer.form.m, layer.form.n) for layer in layers})
         if not self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -260,6 +264,14 @@ def _active_adapter(model: torch.nn.Module) -> str:
         "The model has no OIALR adapter, so there is nothing to train this way. Make one with "
         "get_peft_model(model, OIALRConfig()) before the Trainer."
     )
+
+
+def _saved_adapters(model: torch.nn.Module, checkpoint: str) -> Iterator[tuple[list[OIALRLinear], Path]]:
+    """The layers of each OIALR adapter of the model with the directory in the checkpoint that holds it."""
+    layers = [module for module in model.modules() if isinstance(module, OIALRLinear)]
+    for name in sorted({name for layer in layers for name in layer._all_available_adapter_names()}):
+        directory = Path(checkpoint, name)
+        yield layers, directory if directory.is_dir() else Path(checkpoint)
 
 
 def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:
