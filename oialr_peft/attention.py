@@ -48,9 +48,18 @@ class SplitAttention(nn.Module):
         self.bias_k, self.bias_v = attention.bias_k, attention.bias_v
         self.train(attention.training)
 
-    # nn.TransformerEncoderLayer looks at these before it goes round the module with a kernel of its own
-    in_proj_bias = None
+    # nn.TransformerEncoderLayer looks at this before it goes round the module with a kernel of its own
     _qkv_same_embed_dim = False
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        """What transformers looks at when it initializes a model: the weight of the module `in_proj`."""
+        return self.in_proj.weight if self.packed else None
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """The bias of the module `in_proj`."""
+        return self.in_proj.bias if self.packed else None
 
     def to_multihead(self) -> nn.MultiheadAttention:
         """The `nn.MultiheadAttention` again, with the weights that the projections have now."""

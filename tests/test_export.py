@@ -20,10 +20,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
 
-from oialr_peft import OIALRConfig, save_low_rank
+from oialr_peft import OIALRConfig, save_dense, save_lora, save_low_rank, to_dense
+from oialr_peft.attention import SplitAttention
 from oialr_peft.low_rank import LowRankConfig, LowRankLinear
 from oialr_peft.model import adapter_layers
 
@@ -222,7 +229,7 @@ def test_a_checkpoint_of_a_later_format_or_another_model_is_refused(tmp_path, ma
     ranks = config["quantization_config"]["ranks"]
     first = next(iter(ranks))
     for wrong, message in (
-        ({first: 1000}, "more than its 8×8 can have"),
+        ({first: 1000}, "is of rank 4, but the configuration beside it says rank 1000"),
         ({"bert.embeddings.LayerNorm": 1}, "is a LayerNorm here"),
         ({"other": 1}, "None of the 1 factored layers"),
     ):
@@ -243,3 +250,199 @@ def test_a_residual_adapter_becomes_a_lora_adapter_exactly(name, tmp_path, make_
     ours, theirs = outputs_of(model, make_inputs(name)), outputs_of(loaded, make_inputs(name))
     assert float((ours - base).abs().max()) > 1e-3
     assert_close(theirs, ours, rtol=0, atol=1e-6 * float(base.abs().max()))
+
+
+# ---- convolutions and attention --------------------------------------------------------------------------------------
+
+
+def resnet() -> nn.Module:
+    config = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3, downsample_in_first_stage=True
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return ResNetForImageClassification(config).double().eval()
+
+
+def siglip() -> nn.Module:
+    """Has an `nn.MultiheadAttention` in its pooling head."""
+    config = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    torch.manual_seed(1)
+    return SiglipVisionModel(config).double().eval()
+
+
+OTHERS = {
+    "resnet": (resnet, AutoModelForImageClassification, r".*convolution|.*classifier\.1", 8),
+    "siglip": (siglip, SiglipVisionModel, r".*attention|.*fc\d|.*(q|k|v|out)_proj", 8),
+}
+
+
+@pytest.mark.parametrize("low_rank", [True, False], ids=["low-rank", "dense"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_convolutions_and_attention_are_stored_and_loaded(name, low_rank, tmp_path):
+    make, cls, targets, size = OTHERS[name]
+    model = factored(make(), target_modules=targets, init_rank=3)
+    pixels = {"pixel_values": torch.randn(2, 3, size, size, dtype=torch.float64)}
+    if low_rank:
+        save_low_rank(model, tmp_path)
+    else:
+        compared = save_dense(model, tmp_path, example_inputs=pixels)
+        assert compared.difference < 1e-12 < 0.01 < compared.scale
+    loaded = cls.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    layers = adapter_layers(model)
+    made = [module for module in loaded.modules() if isinstance(module, LowRankLinear)]
+    assert len(made) == (len(layers) if low_rank else 0)
+    assert any(isinstance(module, SplitAttention) for module in loaded.modules()) == (low_rank and name == "siglip")
+    with torch.no_grad():
+        assert_close(loaded(**pixels)[0], model(**pixels)[0], rtol=0, atol=1e-12)
+    if low_rank:
+        dense = to_dense(loaded)
+        assert not any(isinstance(module, (LowRankLinear, SplitAttention)) for module in dense.modules())
+        assert list(dense.state_dict()) == list(make().state_dict())
+        with torch.no_grad():
+            assert_close(dense(**pixels)[0], model(**pixels)[0], rtol=0, atol=1e-10)
+
+
+# ---- dense -----------------------------------------------------------------------------------------------------------
+
+
+MODES = {
+    "dense": {"freeze_when": "stable", "delay": 2, "init_rank": None},
+    "factored": {},
+    "residual": {"residual": True, "freeze_when": "stable", "delay": None},
+    "pretraining": {"pretraining": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dense_export_computes_the_same_and_leaves_the_model_alone(
+    kind, mode, tmp_path, make_model, make_inputs, outputs_of
+):
+    model = factored(make_model(kind), **MODES[mode])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    compared = save_dense(model, tmp_path)
+    assert 0 <= compared.difference < 1e-10 < 0.01 < compared.scale
+    assert str(compared).startswith("largest difference of an output: ")
+    loaded = CLASSES[kind].from_pretrained(tmp_path, dtype=torch.float64)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert type(loaded) is type(model.get_base_model())
+    assert list(loaded.state_dict()) == list(make_model(kind).state_dict())
+    assert_close(outputs_of(loaded, make_inputs(kind)), outputs_of(model, make_inputs(kind)), rtol=0, atol=1e-10)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_reported_difference_is_that_of_the_files(tmp_path, make_model):
+    model = factored(make_model("bert"))
+    exact = save_dense(model, tmp_path / "a")
+    model.to(torch.float32)
+    rounded = save_dense(model, tmp_path / "b")
+    assert exact.difference < 1e-12 < 1e-9 < rounded.difference < 1e-4
+
+
+def test_a_low_rank_checkpoint_becomes_a_dense_one(tmp_path, make_model, make_inputs, outputs_of):
+    model = factored(make_model("bert"))
+    save_low_rank(model, tmp_path / "low")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "low", dtype=torch.float64)
+    assert save_dense(loaded, tmp_path / "dense").difference < 1e-10
+    dense = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense", dtype=torch.float64)
+    assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
+    assert_close(outputs_of(dense, make_inputs("bert")), outputs_of(model, make_inputs("bert")), rtol=0, atol=1e-10)
+
+
+def test_making_a_model_dense_in_place(tmp_path, make_model, make_inputs, outputs_of):
+    model = factored(make_model("bert"))
+    save_low_rank(model, tmp_path)
+    expected = outputs_of(model, make_inputs("bert"))
+    for other in (AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64), model):
+        dense = to_dense(other)
+        assert list(dense.state_dict()) == list(make_model("bert").state_dict())
+        assert_close(outputs_of(dense, make_inputs("bert")), expected, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match=r"must be a PeftModel or be loaded .* A dense model needs nothing"):
+        to_dense(dense)
+
+
+@pytest.mark.parametrize("save", [save_low_rank, save_dense, save_lora], ids=lambda save: save.__name__)
+def test_nothing_that_is_not_finite_is_written(save, tmp_path, make_model):
+    mode = {"residual": True, "freeze_when": "stable", "delay": None} if save is save_lora else {}
+    model = factored(make_model("bert"), **mode)
+    with torch.no_grad():
+        next(iter(adapter_layers(model).values())).trained_parameter("default")[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"query\..*` holds NaN or Inf, so nothing is written"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_cannot_be_made_are_asked_for(tmp_path):
+    config = WhisperConfig(
+        d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=12, decoder_ffn_dim=12, num_mel_bins=4, max_source_positions=8, max_target_positions=8,
+        vocab_size=30, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    model = factored(WhisperForConditionalGeneration(config))
+    with pytest.raises(ValueError, match="takes `input_features`, which cannot be made here. Pass `example_inputs`"):
+        save_dense(model, tmp_path)
+    inputs = {"input_features": torch.randn(1, 4, 16), "decoder_input_ids": torch.ones(1, 3, dtype=torch.int64)}
+    assert save_dense(model, tmp_path, example_inputs=inputs).difference < 1e-4
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+RESIDUAL = {"residual": True, "freeze_when": "stable", "delay": None, "init_rank": 3}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("settings", [{}, {"bias": "oialr_only"}, {"shrink": "mask"}], ids=str)
+def test_a_residual_adapter_is_written_as_a_lora_adapter_without_loss(
+    kind, settings, tmp_path, make_model, make_inputs, outputs_of
+):
+    model = factored(make_model(kind), **RESIDUAL, **settings)
+    first = next(iter(adapter_layers(model).values()))
+    first.set_factors("default", first.factors("default").cut(2))  # ranks differ
+    if settings.get("bias"):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") and parameter.requires_grad:
+                    parameter.add_(1)
+    save_lora(model, tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(kind), tmp_path, autocast_adapter_dtype=False).eval()
+    assert loaded.peft_config["default"].peft_type.value == "LORA"
+    assert loaded.peft_config["default"].rank_pattern[first.name] == 2
+    ours, theirs = outputs_of(model, make_inputs(kind)), outputs_of(loaded, make_inputs(kind))
+    assert (ours - outputs_of(make_model(kind), make_inputs(kind))).abs().max() > 1e-3
+    assert_close(theirs, ours, rtol=0, atol=1e-11 * float(ours.abs().max()))
+
+
+def test_convolutions_become_lora_convolutions(tmp_path):
+    model = factored(resnet(), target_modules=r".*convolution", **RESIDUAL)
+    save_lora(model, tmp_path)
+    loaded = PeftModel.from_pretrained(resnet(), tmp_path, autocast_adapter_dtype=False).eval()
+    pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert (model(pixels).logits - resnet()(pixels).logits).abs().max() > 1e-3
+        assert_close(loaded(pixels).logits, model(pixels).logits, rtol=0, atol=1e-11)
+
+
+def test_a_trained_head_goes_with_the_lora_adapter(tmp_path, make_model, make_inputs, outputs_of):
+    model = factored(make_model("bert"), modules_to_save=["classifier"], **RESIDUAL)
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.mul_(3)
+    save_lora(model, tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("bert"), tmp_path, autocast_adapter_dtype=False).eval()
+    assert_close(outputs_of(loaded, make_inputs("bert")), outputs_of(model, make_inputs("bert")))
+
+
+def test_what_has_no_lora_counterpart_is_refused(tmp_path, make_model):
+    with pytest.raises(ValueError, match="Only residual adapters are low-rank corrections"):
+        save_lora(factored(make_model("bert")), tmp_path)
+    with pytest.raises(ValueError, match=r"attention\.in_proj` has no counterpart among PEFT's LoRA layers"):
+        save_lora(factored(siglip(), target_modules=r".*head\.attention", **RESIDUAL), tmp_path)
+    for options in ({"dilation": 2}, {"padding_mode": "circular"}):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=2, **options))
+        with pytest.raises(ValueError, match="`0` has no counterpart"):
+            save_lora(factored(model, target_modules=["0"], **RESIDUAL), tmp_path)
+    with pytest.raises(ValueError, match="`model` must be a PeftModel, but is a BertForSequenceClassification"):
+        save_lora(make_model("bert"), tmp_path)
+    assert not list(tmp_path.iterdir())
