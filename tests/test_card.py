@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import BertForSequenceClassification
 
-from oialr_peft import OIALRConfig, OIALRUpdate, card
+from oialr_peft import OIALRConfig, OIALRUpdate, card, save_low_rank
 from oialr_peft.card import Run, SavedLayer, SavedModel
 from oialr_peft.model import adapter_layers, saved_model
 
@@ -317,6 +317,17 @@ def test_metadata_of_the_user_is_kept(tmp_path):
         "---\nlicense: mit\ntags:\n- mine\n- peft\n- oialr\nbase_model: theirs/base\nlanguage: en\nlibrary_name: peft\n---\n"
         f"\n# Title\n\n{START}\nmade\n{END}\n"
     )
+
+
+def test_a_low_rank_checkpoint_has_a_card_without_the_tag_of_peft(tmp_path, bert):
+    model = adapted(bert)
+    for _ in range(2):
+        save_low_rank(model, tmp_path / "low")
+    found = ModelCard.load(tmp_path / "low" / "README.md")
+    assert found.data.to_dict() == {"library_name": "transformers", "tags": ["oialr"]}
+    assert found.text.startswith("\n# low\n")
+    assert found.text.count("<!-- oialr_peft: low-rank weights -->") == 1
+    assert card.layers_table(saved_model(model).layers) in found.text
 
 
 def test_collecting_weights_without_saving_writes_nothing(tmp_path, monkeypatch, bert):
