@@ -28,11 +28,13 @@ from oialr_peft.factors import (  # noqa: E402
     stability,
     truncate,
 )
+from oialr_peft.hub import keep_cards_in_pushes as _keep_cards_in_pushes  # noqa: E402
 from oialr_peft.low_rank import register as _register_format  # noqa: E402
 from oialr_peft.model import OIALRModel  # noqa: E402
 
 _registration.register(OIALRConfig, OIALRModel)
 _register_format()
+_keep_cards_in_pushes()
 
 if TYPE_CHECKING:
     from oialr_peft.report import plot_history, rank_table

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+
+from oialr_peft import card
 
 FORMAT_VERSION = 1  # of adapter checkpoints; raised when older releases could no longer read new files
 
@@ -16,6 +19,21 @@ FreezeWhen = Literal["stable", "delay"]
 StabilityStorage = Literal["full", "sketch", "bf16", "cpu"]
 Shrink = Literal["physical", "mask"]
 Bias = Literal["none", "all", "oialr_only"]
+
+# what a model card shows of the settings
+CARD_SETTINGS = (
+    "residual",
+    "pretraining",
+    "init_rank",
+    "freeze_when",
+    "delay",
+    "stability_threshold",
+    "update_every",
+    "cutoff",
+    "layers_per_update",
+    "max_rank_drop",
+    "min_rank",
+)
 
 DEFAULT_DELAY = 0.1  # of all steps; not yet the result of a measurement (docs/differences.md)
 
@@ -191,25 +209,72 @@ class OIALRConfig(PeftConfig):
         """Where this configuration was read from, if it was read by `OIALRConfig.from_pretrained`."""
         return self.__dict__.get("_source")
 
+    def record_saved(self, saved: card.SavedModel) -> None:
+        """Remember what the weights are that are about to be saved beside this file."""
+        self._saved, self._card_is_due = saved, True
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; see `PeftConfig.save_pretrained`.
 
-        After an adapter's weights were collected for saving, the file also holds their ranks as `rank_pattern`.
+        After an adapter's weights were collected for saving, the file also holds their ranks as `rank_pattern`, and the
+        model card says what they are. PEFT calls this last when it saves an adapter, and only in the main process.
         """
-        saved_ranks = self.__dict__.get("_saved_ranks")
-        if saved_ranks is None:
+        saved: card.SavedModel | None = self.__dict__.get("_saved")
+        if saved is None:
             super().save_pretrained(save_directory, **kwargs)
             return
         before = self.rank_pattern, self.format_version
-        self.rank_pattern, self.format_version = saved_ranks, FORMAT_VERSION
+        self.rank_pattern = {layer.name: layer.rank for layer in saved.layers if layer.rank is not None}
+        self.format_version = FORMAT_VERSION
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.rank_pattern, self.format_version = before
+        if self._card_is_due:
+            self._card_is_due = False
+            self.write_card(_card_directory(save_directory, saved.adapter_name), saved)
 
-    def record_ranks(self, ranks: dict[str, int]) -> None:
-        """Remember the ranks (full module name → rank) of weights that are about to be saved beside this file."""
-        self._saved_ranks = ranks
+    def card_settings(self) -> dict[str, Any]:
+        """The settings that a model card shows."""
+        return {name: getattr(self, name) for name in CARD_SETTINGS}
+
+    def write_card(
+        self,
+        directory: str | os.PathLike[str],
+        saved: card.SavedModel,
+        *,
+        repo_id: str | None = None,
+        run: card.Run | None = None,
+    ) -> None:
+        """Put the section about this adapter into the model card of a directory; see `card.section`.
+
+        Args:
+            directory: of the card.
+            saved: the adapter.
+            repo_id: the repository that the directory goes to; `None` names the directory instead.
+            run: that trained the adapter.
+        """
+        title = (repo_id or str(Path(directory).resolve())).rpartition("/")[2]
+        base_model = card.hub_id(self.base_model_name_or_path)
+        loading = card.adapter_loading(
+            saved,
+            location=repo_id or title,
+            base_model=base_model,
+            revision=self.revision,
+            from_scratch=self.pretraining,
+        )
+        name = saved.adapter_name
+        method = card.RESIDUAL_METHOD if self.residual else card.METHOD
+        heading = "OIALR adapter" if name == "default" else f"OIALR adapter `{name}`"
+        card.write_section(
+            directory,
+            card.section(heading, method, loading, saved.layers, self.card_settings(), run),
+            key=f"adapter {name}",
+            library="peft",
+            tags=card.ADAPTER_TAGS,
+            base_model=base_model,
+            title=title,
+        )
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -361,6 +426,18 @@ class OIALRConfig(PeftConfig):
             f"`{name}` must be an int ≥ 1 (a count) or a float in (0, 1) (fraction of min(out, in)), but is {value!r}. "
             "Write 16 for rank 16, 0.25 for a quarter of the full rank."
         )
+
+
+def _card_directory(save_directory: str, adapter_name: str) -> Path:
+    """Where the card of an adapter is.
+
+    The Hub shows one card, the `README.md` at the root of a repository. PEFT saves every adapter that is not called
+    "default" in a folder of its name and writes the card beside that folder, so the section belongs there too: a reader
+    finds all adapters of the repository on its page.
+    """
+    directory = Path(save_directory).resolve()
+    is_inside = adapter_name not in ("default", "") and directory.name == adapter_name
+    return directory.parent if is_inside and (directory.parent / card.CARD_NAME).is_file() else directory
 
 
 def _is_int(value: Any) -> bool:

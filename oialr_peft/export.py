@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from oialr_peft import hub
 from oialr_peft.attention import SplitAttention
 from oialr_peft.config import OIALRConfig
 from oialr_peft.layer import OIALRLinear
@@ -37,7 +38,16 @@ from oialr_peft.matricization import Convolution
 
 
 def save_low_rank(
-    model: nn.Module, directory: str | os.PathLike[str], *, adapter_name: str | None = None, **kwargs: Any
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload low-rank model",
+    **kwargs: Any,
 ) -> None:
     """Write a transformers checkpoint whose factored layers are stored as U, Σ, Vᵀ; other layers as they are.
 
@@ -49,11 +59,17 @@ def save_low_rank(
         model: a transformers model with an OIALR adapter in replace mode, as a `PeftModel` or not.
         directory: where to write.
         adapter_name: which adapter; `None` means the active one.
-        **kwargs: of `PreTrainedModel.save_pretrained`, such as `max_shard_size` or `push_to_hub`.
+        push_to_hub: whether to upload the directory, after it was written.
+        repo_id: the repository, made if it does not exist; `None` means the name of the directory.
+        private: whether a new repository is private; `None` means the default of the account.
+        token: of the account; `None` means the one that is logged in.
+        commit_message: of the upload.
+        **kwargs: of `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
 
     Raises:
         ValueError: the model is no transformers model, has no such adapter, has other adapters in it, a value is not
             finite, or a layer cannot be stored by its factors alone: in residual mode, or merged.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refuses the upload.
     """
     base = _transformers_model(model)
     stored = _state_of(base, adapter_name, dense=False)
@@ -62,6 +78,11 @@ def save_low_rank(
     skeleton = _filled(base, config, stored)
     skeleton.hf_quantizer = LowRankQuantizer(config.quantization_config)  # type: ignore[assignment]
     skeleton.save_pretrained(directory, **kwargs)
+    if kwargs.get("is_main_process", True):
+        target = hub.prepared_repository(directory, repo_id, private=private, token=token) if push_to_hub else None
+        hub.write_low_rank_card(directory, base, adapter_name, repo_id=target)
+        if target is not None:
+            hub.upload(directory, target, token=token, commit_message=commit_message)
 
 
 class DenseExport(NamedTuple):

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.attention import ATTENTION, SplitAttention, avoid_fast_path, projections_of
+from oialr_peft.card import SavedLayer, SavedModel
 from oialr_peft.checkpoints import adapter_file, check_adapter_file
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, compute_dtype, factorize_all
@@ -43,6 +44,25 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
         for module in model.modules()
         if isinstance(module, OIALRLinear) and module.has_adapter(adapter_name)
     }
+
+
+def saved_model(model: nn.Module, adapter_name: str = "default") -> SavedModel:
+    """What a model card says of the model and its adapter."""
+    layers = tuple(
+        SavedLayer(
+            name,
+            layer.out_features,
+            layer.in_features,
+            None if layer.is_dense(adapter_name) else layer.rank(adapter_name),
+        )
+        for name, layer in adapter_layers(model, adapter_name).items()
+    )
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None or not type(base).__module__.startswith("transformers."):
+        return SavedModel(layers, adapter_name)
+    class_name = type(base).__name__
+    num_labels = base.config.num_labels if "Classification" in class_name else None
+    return SavedModel(layers, adapter_name, class_name, num_labels)
 
 
 class OIALRModel(BaseTuner):
@@ -289,17 +309,16 @@ class OIALRModel(BaseTuner):
             for key, layer in model.named_modules()
             if isinstance(layer, OIALRLinear) and layer.has_adapter(adapter_name)
         }
-        ranks: dict[str, int] = {}
         for key, layer in layers.items():
             if layer.is_dense(adapter_name):
                 continue
-            rank = ranks[layer.name] = layer.rank(adapter_name)
+            rank = layer.rank(adapter_name)
             # a masked layer is cut to its rank here
             for name, cut in (("oialr_u", (None, rank)), ("oialr_sigma", (rank, rank)), ("oialr_vh", (rank, None))):
                 full_key = f"{key}.{name}.{adapter_name}"
                 if full_key in tensors:
                     tensors[full_key] = tensors[full_key][: cut[0], : cut[1]].contiguous()
-        config.record_ranks(ranks)
+        config.record_saved(saved_model(model, adapter_name))
         if config.pretraining:
             tensors.update(cls._untargeted_state_dict(model, layers, state_dict))
         return tensors

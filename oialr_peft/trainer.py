@@ -23,11 +23,16 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from oialr_peft.card import Run
 from oialr_peft.checkpoints import check_adapter_directory
+from oialr_peft.config import OIALRConfig
 from oialr_peft.controller import OIALRController
 from oialr_peft.layer import OIALRLinear
+from oialr_peft.model import saved_model
 
 STATE_NAME = "oialr_state.safetensors"
+
+_TIMINGS = ("_runtime", "_per_second", "_time")  # endings of what an evaluation reports of itself, not of the model
 
 
 class OIALRCallback(TrainerCallback):
@@ -139,6 +144,12 @@ class _TrainerDrivenCallback(OIALRCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         pass
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # pushes during training take weights from the checkpoint, but no card
+        self._trainer._write_oialr_card()
+
 
 if TYPE_CHECKING:
     _MixinBase = Trainer
@@ -216,6 +227,34 @@ class OIALRTrainerMixin(_MixinBase):
             check_adapter_directory(directory, {layer.name: (layer.form.m, layer.form.n) for layer in layers})
         if not self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card; see `Trainer.create_model_card`. Ranks, schedule and figures of the run are added."""
+        super().create_model_card(*args, **kwargs)
+        self._write_oialr_card()
+
+    def _write_oialr_card(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_world_process_zero() or not isinstance(model, PeftModel):
+            return
+        config = model.peft_config[model.active_adapter]
+        if isinstance(config, OIALRConfig):
+            directory = Path(self.args.output_dir or ".")
+            directory.mkdir(parents=True, exist_ok=True)
+            saved = saved_model(model, model.active_adapter)
+            config.write_card(directory, saved, repo_id=self.hub_model_id, run=self._oialr_run())
+
+    def _oialr_run(self) -> Run | None:
+        if self.oialr_controller is None:
+            return None
+        evaluations = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
+        last = evaluations[-1] if evaluations else {}
+        metrics = {
+            key: float(value)
+            for key, value in last.items()
+            if key.startswith("eval_") and not key.endswith(_TIMINGS) and isinstance(value, (int, float))
+        }
+        return Run(self.state.global_step, self.oialr_controller.history, metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter; see `Trainer.save_model`. With FSDP, whole tensors are saved with either kind of state."""

@@ -13,6 +13,7 @@ import pytest
 from peft import PeftConfig, PeftType, get_peft_model
 
 from oialr_peft import OIALRConfig
+from oialr_peft.card import SavedLayer, SavedModel
 from oialr_peft.config import FORMAT_VERSION
 
 BAD_VALUES = {
@@ -271,7 +272,7 @@ def test_a_configuration_alone_is_saved_without_a_format_version(tmp_path):
 
 def test_the_live_configuration_is_restored_when_saving_fails(tmp_path):
     config = OIALRConfig()
-    config.record_ranks({"encoder.dense": 3})
+    config.record_saved(SavedModel((SavedLayer("encoder.dense", 8, 4, 3),)))
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(AssertionError, match="should be a directory"):
