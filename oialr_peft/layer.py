@@ -124,6 +124,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         self.form = cast(Matricization, matricization_of(inner))
         self.out_features, self.in_features = self.form.m, self.form.n
         self.quantized = is_quantized(inner)
+        vars(self).update(self.form.settings)
         self.oialr_weight = nn.ParameterDict()
         self.oialr_u = nn.ParameterDict()
         self.oialr_sigma = nn.ParameterDict()

@@ -53,6 +53,7 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.form, self.rank = form, rank
         self.in_features, self.out_features = form.n, form.m
+        vars(self).update(form.settings)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.u = nn.Parameter(torch.zeros(form.m, rank, **made), requires_grad=False)
         self.sigma = nn.Parameter(torch.zeros(rank, rank, **made))

@@ -14,6 +14,7 @@ positions it costs what a linear layer of this matrix costs for T tokens, so the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ from oialr_peft.ops import Route, built_linear, chain_cost, cheapest_route, fact
 
 LinearModule = nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d
 LINEAR_MODULES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+CONVOLUTION_SETTINGS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _GRADIENT_OF_INPUT = {1: conv1d_input, 2: conv2d_input, 3: conv3d_input}
@@ -49,7 +61,12 @@ class Matricization:
 
     Args:
         n, m: sizes of the matrix: inputs, outputs.
+
+    Attributes:
+        settings: what the module says of itself that models ask for, such as a stride.
     """
+
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, n: int, m: int) -> None:
         self.m, self.n = m, n
@@ -130,9 +147,7 @@ class Convolution(Matricization):
         self._kernel = (module.in_channels, *module.kernel_size)
         super().__init__(torch.Size(self._kernel).numel(), module.out_channels)
         self._class = type(module)
-        self._settings: dict[str, Any] = {
-            name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-        }
+        self.settings = {name: getattr(module, name) for name in CONVOLUTION_SETTINGS}
         self.dimensions = len(module.kernel_size)
         # what the convolution itself cannot pad evenly, or with anything but zeros, is padded before
         self._pads_before = module.padding_mode != "zeros" or module.padding == "same"
@@ -179,7 +194,7 @@ class Convolution(Matricization):
 
     def empty(self, *, bias: bool) -> LinearModule:
         """A module of this kind on the meta device, for its weight to be set."""
-        return self._class(self._kernel[0], self.m, bias=bias, device="meta", **self._settings)
+        return self._class(bias=bias, device="meta", **self.settings)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
