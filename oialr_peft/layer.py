@@ -418,6 +418,9 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         kept = self._products.get(key)
         if kept is not None and kept[0] == version:
             return kept[1]
+        # Σ alone may have been cast: TRL does that to what trains beside a quantized model
+        exact = torch.promote_types(stored.u.dtype, sigma.dtype)
+        stored = Factors(*(factor.to(exact) for factor in stored))
         if kind == "bases":
             product: tuple[Tensor, ...] = stored.u.detach().to(dtype), stored.vh.detach().to(dtype)
         elif kind == "folded":
