@@ -563,6 +563,15 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         super().enable_adapters(enabled)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see `BaseTunerLayer.delete_adapter`. transformers calls this without asking the tuner."""
+        if self.base_released and self.has_adapter(adapter_name):
+            raise RuntimeError(
+                f"The adapter `{adapter_name}` of `{self.name}` cannot be deleted: `pretraining=True` released the base "
+                "weight, so its own is the only one. `PeftModel.merge_and_unload` makes a model without adapters."
+            )
+        super().delete_adapter(adapter_name)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # to the device only: PEFT's own version would also cast to the base dtype and unfreeze U and V
         target = self.base_weight.device if device is None else device
