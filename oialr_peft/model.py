@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -257,6 +258,8 @@ class OIALRModel(BaseTuner):
             layer.check_checkpoint(tensors)
         for layer, tensors in matched:
             layer.match_checkpoint(adapter_name, tensors)
+        if config.pretraining:
+            state_dict = _fit_to_assign(model, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @staticmethod
@@ -280,6 +283,22 @@ def _initial_factors(config: OIALRConfig, weights: dict[str, Tensor]) -> dict[st
     ]
     jobs.sort(key=lambda job: -job[1].numel())
     return dict(zip([name for name, _, _ in jobs], factorize_all(jobs), strict=True))
+
+
+def _fit_to_assign(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What lies outside the adapter, with dtypes and devices of the model, and as one parameter where weights are tied.
+
+    `low_cpu_mem_usage=True` puts loaded tensors in the place of the model's own; others are copied into these.
+    """
+    places = model.state_dict(keep_vars=True)
+    parameters: dict[int, nn.Parameter] = {}
+    fitted = dict(state_dict)
+    for key, tensor in state_dict.items():
+        place = places.get(key, places.get(key.removeprefix("base_model.model.")))
+        if isinstance(place, nn.Parameter) and not place.is_meta and not isinstance(place, DTensor):
+            parameter = nn.Parameter(tensor.to(place), requires_grad=False)
+            fitted[key] = parameters.setdefault(id(place), parameter)
+    return fitted
 
 
 def _padded(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
