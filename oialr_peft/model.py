@@ -92,6 +92,8 @@ class OIALRModel(BaseTuner):
                 _warn_about_untrained_head(model, peft_config)
         # before anything is replaced, so that a refused target leaves the model as it was
         shared = _shared_weights(model)
+        if peft_config.pretraining:
+            _require_own_weights_to_save(model, peft_config, shared)
         inside = _prefixes_inside_adapter_layers(model)
         self._factors: dict[str, Factors] = {}
         weights: dict[str, Tensor] = {}
@@ -321,6 +323,17 @@ def _require_own_weight(weight: Tensor, name: str, shared: dict[int, list[str]])
             f"`{name}` shares its weight with another module ({', '.join(shared[id(weight)])}), which would keep the "
             "old weight. Leave it out with `exclude_modules`, or untie the weights (`tie_word_embeddings=False`)."
         )
+
+
+def _require_own_weights_to_save(model: nn.Module, config: OIALRConfig, shared: dict[int, list[str]]) -> None:
+    saved = config.modules_to_save or []
+    for name, module in model.named_modules():
+        tied = [shared[id(parameter)] for parameter in module.parameters() if id(parameter) in shared]
+        if tied and any(name == key or name.endswith(f".{key}") for key in saved):
+            raise ValueError(
+                f"`modules_to_save` names `{name}`, whose weight is tied ({', '.join(tied[0])}): its copy would train, and "
+                "the other end would stay as it is. Leave it out; `pretraining=True` trains and saves both as one."
+            )
 
 
 def _linear_modules_outside_the_head(model: nn.Module) -> list[str]:
