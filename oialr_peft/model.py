@@ -161,6 +161,21 @@ class OIALRModel(BaseTuner):
         if layers and layers[0].trained_parameter(adapter_name) is not watched[0]:
             _MissingControllerWatch.attach(self.model, adapter_name, self.peft_config[adapter_name])
 
+    # ---- what is refused ---------------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: weighted sums of adapters are made for LoRA.
+
+        Raises:
+            NotImplementedError: always; the message says what does the same.
+        """
+        raise NotImplementedError(
+            "OIALR has no weighted sum of adapters: each has bases of its own, and their sum is neither in one pair of "
+            "bases nor of one of their ranks. `model.base_model.set_adapter([...])` adds the changes of several "
+            "adapters, `merge_and_unload(adapter_names=[...])` writes that sum into the base model; for other weights, "
+            "turn residual adapters into LoRA adapters with `peft.save_as_lora`, and combine those."
+        )
+
     # ---- what cannot work without base weights -----------------------------------------------------------------------
 
     def unload(self) -> nn.Module:
