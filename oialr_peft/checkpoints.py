@@ -86,8 +86,8 @@ def check_adapter_file(
         shapes: (m, n) of the model's target layers by full module name.
 
     Raises:
-        ValueError: a layer has neither a weight nor the three factors, a shape or a rank does not fit, or a tensor is not
-            floating-point. The message names the file and the tensor.
+        ValueError: a layer has neither a weight nor the three factors, a shape or a rank does not fit, a tensor is not
+            floating-point, or some layers are missing. The message names the file and the tensor.
     """
     layers: dict[str, dict[str, StoredTensor]] = {}
     for key, stored in tensors_in(path).items():
@@ -102,6 +102,12 @@ def check_adapter_file(
                 f"`{path}` holds nothing for `{name}`, which its configuration says has rank {rank}. The file is "
                 "incomplete, or belongs to another `adapter_config.json`."
             )
+    missing = [name for name in shapes if name not in layers]
+    if missing and len(missing) < len(shapes):
+        raise ValueError(
+            f"`{path}` holds nothing for `{missing[0]}`, which is a target in this model. The file is incomplete, or "
+            "belongs to another model."
+        )
 
 
 def check_adapter_directory(directory: str | os.PathLike[str], shapes: Mapping[str, tuple[int, int]]) -> None:

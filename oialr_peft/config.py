@@ -381,6 +381,12 @@ class OIALRConfig(PeftConfig):
                 "training from scratch, `residual` for fine-tuning a pretrained model."
             )
 
+        if self.pretraining and self.trainable_token_indices is not None:
+            raise ValueError(
+                f"`trainable_token_indices` ({self.trainable_token_indices!r}) must be None with `pretraining=True`, which "
+                "trains and saves every row of the embedding. Leave it out."
+            )
+
     def _check_format(self) -> None:
         if self.rank_pattern is not None and not (
             isinstance(self.rank_pattern, dict)

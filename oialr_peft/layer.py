@@ -467,6 +467,9 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         kept = self._products.get(key)
         if kept is not None and kept[0] == version:
             return kept[1]
+        # Σ alone may have been cast: TRL does that to what trains beside a quantized model
+        exact = torch.promote_types(stored.u.dtype, sigma.dtype)
+        stored = Factors(*(factor.to(exact) for factor in stored))
         if kind == "bases":
             product: tuple[Tensor, ...] = stored.u.detach().to(dtype), stored.vh.detach().to(dtype)
         elif kind == "folded":
@@ -628,6 +631,15 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see `BaseTunerLayer.delete_adapter`. transformers calls this without asking the tuner."""
+        if self.base_released and self.has_adapter(adapter_name):
+            raise RuntimeError(
+                f"The adapter `{adapter_name}` of `{self.name}` cannot be deleted: `pretraining=True` released the base "
+                "weight, so its own is the only one. `PeftModel.merge_and_unload` makes a model without adapters."
+            )
+        super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # to the device only: PEFT's own version would also cast to the base dtype and unfreeze U and V

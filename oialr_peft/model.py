@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -122,6 +123,8 @@ class OIALRModel(BaseTuner):
                 _warn_about_untrained_head(model, peft_config)
         # before anything is replaced, so that a refused target leaves the model as it was
         shared = _shared_weights(model)
+        if peft_config.pretraining:
+            _require_own_weights_to_save(model, peft_config, shared)
         inside = _prefixes_inside(model, BaseTunerLayer, *ATTENTION)
         self._factors: dict[str, Factors] = {}
         weights: dict[str, Tensor] = {}
@@ -221,6 +224,21 @@ class OIALRModel(BaseTuner):
         if layers and layers[0].trained_parameter(adapter_name) is not watched[0]:
             _MissingControllerWatch.attach(self.model, adapter_name, self.peft_config[adapter_name])
 
+    # ---- what is refused ---------------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: weighted sums of adapters are made for LoRA.
+
+        Raises:
+            NotImplementedError: always; the message says what does the same.
+        """
+        raise NotImplementedError(
+            "OIALR has no weighted sum of adapters: each has bases of its own, and their sum is neither in one pair of "
+            "bases nor of one of their ranks. `model.base_model.set_adapter([...])` adds the changes of several "
+            "adapters, `merge_and_unload(adapter_names=[...])` writes that sum into the base model; for other weights, "
+            "turn residual adapters into LoRA adapters with `save_lora`, and combine those."
+        )
+
     # ---- what cannot work without base weights -----------------------------------------------------------------------
 
     def unload(self) -> nn.Module:
@@ -240,17 +258,6 @@ class OIALRModel(BaseTuner):
                 f"`{what}` needs the base weights, but `pretraining=True` released them: the trained weights are the "
                 f"only ones. Use {remedy}."
             )
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: PEFT's way to make one adapter of several.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "`add_weighted_adapter` is not supported: each OIALR adapter has a basis of its own, and a weighted sum of "
-            "several has none. Activate them together with `set_adapter([...])`, whose corrections add up, or merge them."
-        )
 
     # ---- an adapter for each sample ----------------------------------------------------------------------------------
 
@@ -361,6 +368,8 @@ class OIALRModel(BaseTuner):
             layer.check_checkpoint(tensors)
         for layer, tensors in matched:
             layer.match_checkpoint(adapter_name, tensors)
+        if config.pretraining:
+            state_dict = _fit_to_assign(model, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @staticmethod
@@ -386,6 +395,22 @@ def _initial_factors(config: OIALRConfig, weights: dict[str, Tensor]) -> dict[st
     return dict(zip([name for name, _, _ in jobs], factorize_all(jobs), strict=True))
 
 
+def _fit_to_assign(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What lies outside the adapter, with dtypes and devices of the model, and as one parameter where weights are tied.
+
+    `low_cpu_mem_usage=True` puts loaded tensors in the place of the model's own; others are copied into these.
+    """
+    places = model.state_dict(keep_vars=True)
+    parameters: dict[int, nn.Parameter] = {}
+    fitted = dict(state_dict)
+    for key, tensor in state_dict.items():
+        place = places.get(key, places.get(key.removeprefix("base_model.model.")))
+        if isinstance(place, nn.Parameter) and not place.is_meta and not isinstance(place, DTensor):
+            parameter = nn.Parameter(tensor.to(place), requires_grad=False)
+            fitted[key] = parameters.setdefault(id(place), parameter)
+    return fitted
+
+
 def _padded(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
     pad = max(0, size - tensors["oialr_sigma"].shape[0])
     widths = {"oialr_u": (0, pad), "oialr_sigma": (0, pad, 0, pad), "oialr_vh": (0, 0, 0, pad)}
@@ -406,6 +431,17 @@ def _require_own_weight(weight: Tensor, name: str, shared: dict[int, list[str]])
             f"`{name}` shares its weight with another module ({', '.join(shared[id(weight)])}), which would keep the "
             "old weight. Leave it out with `exclude_modules`, or untie the weights (`tie_word_embeddings=False`)."
         )
+
+
+def _require_own_weights_to_save(model: nn.Module, config: OIALRConfig, shared: dict[int, list[str]]) -> None:
+    saved = config.modules_to_save or []
+    for name, module in model.named_modules():
+        tied = [shared[id(parameter)] for parameter in module.parameters() if id(parameter) in shared]
+        if tied and any(name == key or name.endswith(f".{key}") for key in saved):
+            raise ValueError(
+                f"`modules_to_save` names `{name}`, whose weight is tied ({', '.join(tied[0])}): its copy would train, and "
+                "the other end would stay as it is. Leave it out; `pretraining=True` trains and saves both as one."
+            )
 
 
 def _linear_modules_outside_the_head(model: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ reach: logging at once, saving before the checkpoint is complete, resuming from 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -63,6 +64,8 @@ class OIALRCallback(TrainerCallback):
         self.start(kwargs["model"], kwargs["optimizer"], state.max_steps)
         if state.global_step > 0:
             self.load(_resumed_checkpoint(args, state))
+        else:
+            _fill_reference_adapter(kwargs["model"], args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the optimizer step and keep the figures of a check for the next log entry."""
@@ -167,6 +170,7 @@ class OIALRTrainerMixin(_MixinBase):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _fill_reference_adapter(self.model, self.args)
         self._resumed_from: str | None = None
         self._oialr_callback = _TrainerDrivenCallback(self)
         self.add_callback(self._oialr_callback)
@@ -293,6 +297,31 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return Path(checkpoint, STATE_NAME).is_file()
+
+
+def _fill_reference_adapter(model: Any, args: TrainingArguments) -> None:
+    """Make the adapter `ref` equal to the one that trains, when a trainer of TRL has just added it.
+
+    Given a `PeftModel`, these compare with a copy of its adapter, but copy only parameters whose names hold `.default.`;
+    of this method, as of others in PEFT, they end with the adapter's name.
+    """
+    configs = getattr(model, "peft_config", {})
+    config = configs.get("default")
+    if not isinstance(config, OIALRConfig) or configs.get("ref") is not config:
+        return
+    # no longer the same object: a second training goes on with the reference it has
+    configs["ref"] = copy.copy(config)
+    state, before = (
+        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in ("default", "ref")
+    )
+    if before.keys() == state.keys() and all(torch.equal(tensor, before[key]) for key, tensor in state.items()):
+        return
+    if getattr(args, "precompute_ref_log_probs", False):
+        raise ValueError(
+            "`precompute_ref_log_probs=True` was computed with a reference that is not the adapter of this model: TRL adds "
+            "it empty. Leave it out, or merge the adapter and pass a new one as `peft_config`."
+        )
+    set_peft_model_state_dict(model, state, adapter_name="ref")
 
 
 def _active_adapter(model: torch.nn.Module) -> str:

@@ -484,12 +484,6 @@ def test_samples_without_an_adapter_need_the_base_weights(mlp, make_inputs):
         model(**make_inputs("mlp"), adapter_names=["default", "__base__", "default"])
 
 
-def test_a_weighted_sum_of_adapters_is_refused_with_the_reason(mlp):
-    model = with_several_adapters(mlp)
-    with pytest.raises(ValueError, match="each OIALR adapter has a basis of its own"):
-        model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "sum")
-
-
 # ---- merging and unloading -------------------------------------------------------------------------------------------
 
 
