@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -73,6 +74,7 @@ def save_low_rank(
     """
     base = _transformers_model(model)
     stored = _state_of(base, adapter_name, dense=False)
+    _warn_if_dense_is_smaller(base, stored.ranks)
     config = copy.deepcopy(base.config)
     config.quantization_config = LowRankConfig(stored.ranks, stored.split_attention)
     skeleton = _filled(base, config, stored)
@@ -83,6 +85,20 @@ def save_low_rank(
         hub.write_low_rank_card(directory, base, adapter_name, repo_id=target)
         if target is not None:
             hub.upload(directory, target, token=token, commit_message=commit_message)
+
+
+def _warn_if_dense_is_smaller(base: PreTrainedModel, ranks: Mapping[str, int]) -> None:
+    layers = [cast(OIALRLinear, base.get_submodule(name)) for name in ranks]
+    dense = sum(layer.form.m * layer.form.n for layer in layers)
+    factored = sum(
+        (layer.form.m + layer.form.n + rank) * rank for layer, rank in zip(layers, ranks.values(), strict=True)
+    )
+    if factored > dense:
+        warnings.warn(
+            f"The factors of the {len(layers)} layers hold {factored:,} numbers, their dense weights would hold "
+            f"{dense:,}: the ranks are too high to save space. `save_dense` writes the smaller checkpoint.",
+            stacklevel=3,
+        )
 
 
 class DenseExport(NamedTuple):

@@ -210,6 +210,35 @@ def test_the_freeze_compiles_once_and_later_ranks_not_again():
     assert len(ranks) >= 5
 
 
+class Patches(nn.Module):
+    """Two convolutions and an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, stride=2, padding=1, padding_mode="reflect")
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.second(self.first(x).relu()).flatten(2).mT
+        return self.attention(hidden, hidden, hidden, need_weights=False)[0]
+
+
+def test_convolutions_and_attention_compile_once_more_for_all_ranks():
+    targets = ["first", "second", "attention"]
+    model = get_peft_model(Patches(), OIALRConfig(target_modules=targets, init_weights=False, **FACTORED))
+    graphs = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    x = torch.randn(2, 3, 8, 8)
+    for rank in (16, 12, 9, 7, 5):
+        for layer in adapter_layers(model).values():
+            layer.set_factors("default", layer.factors("default").cut(min(rank, layer.rank("default"))))
+        output = compiled(x)
+        assert_close(output, model(x))
+        output.sum().backward()
+    assert graphs.frame_count == 2
+
+
 @pytest.mark.slow
 def test_freezing_by_stability_compiles_once_for_each_check_that_freezes():
     run = Run(

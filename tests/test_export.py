@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, save_as_lora
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 from torch.testing import assert_close
@@ -24,8 +25,10 @@ from transformers import (
     ResNetForImageClassification,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTImageProcessorPil,
     WhisperConfig,
     WhisperForConditionalGeneration,
+    pipeline,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +40,7 @@ from oialr_peft.model import adapter_layers
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The factors of the .* layers hold:UserWarning"),  # of tiny layers
 ]
 
 CLASSES = {
@@ -103,6 +107,12 @@ def test_the_file_is_as_large_as_its_factors(tmp_path):
     assert files_of(tmp_path)[0].stat().st_size <= 1.01 * 4 * (factors + others) + 4096
 
 
+def test_ranks_that_save_no_space_give_a_warning(tmp_path, make_model):
+    model = factored(make_model("bert"), init_rank=7)
+    with pytest.warns(UserWarning, match=r"the ranks are too high to save space\. `save_dense` writes the smaller"):
+        save_low_rank(model, tmp_path)
+
+
 def test_dense_layers_and_trained_heads_are_stored_as_they_are(tmp_path, bert, make_inputs, outputs_of):
     model = factored(bert, rank_pattern=None, modules_to_save=["classifier"])
     with torch.no_grad():
@@ -146,6 +156,19 @@ def test_the_usual_options_of_from_pretrained_work(tmp_path, make_model, make_in
     assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     tokens = loaded.generate(make_inputs("gpt2")["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] == make_inputs("gpt2")["input_ids"].shape[1] + 3
+
+
+def test_a_pipeline_runs_a_standalone_model(tmp_path, make_model):
+    model = factored(make_model("vit", torch.float32))
+    save_low_rank(model, tmp_path)
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    image = Image.fromarray(torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy())
+    classify = pipeline("image-classification", model=str(tmp_path), image_processor=processor)
+    found = {entry["label"]: entry["score"] for entry in classify(image)}
+    with torch.no_grad():
+        scores = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
+    for label, score in enumerate(scores):
+        assert found[f"LABEL_{label}"] == pytest.approx(score.item(), abs=1e-5)
 
 
 def test_large_models_are_sharded(tmp_path, make_model, make_inputs, outputs_of):

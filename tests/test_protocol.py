@@ -287,7 +287,7 @@ ALIKE = [
 
 
 @pytest.mark.parametrize("ignore", [False, True], ids=["", "ignore_mismatched_sizes"])
-@pytest.mark.parametrize(("source", "target"), ALIKE, ids=" into ".join)
+@pytest.mark.parametrize(("source", "target"), ALIKE, ids=[" into ".join(pair) for pair in ALIKE])
 def test_the_state_of_an_adapter_is_set_in_a_model_of_any_phase_and_rank(source, target, ignore):
     trained = moved(adapted(source, **({} if source in ("dense", "pretraining") else {"init_rank": 3})))
     state = get_peft_model_state_dict(trained)

@@ -41,6 +41,7 @@ from oialr_peft.model import adapter_layers
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The factors of the .* layers hold:UserWarning"),  # of tiny layers
     pytest.mark.filterwarnings("ignore:Moving the following attributes in the config:UserWarning"),
 ]
 
