@@ -176,9 +176,13 @@ class Convolution(Matricization):
         return self._convolve(x, self.stored(matrix), bias, *self._arguments)
 
     def mix(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A convolution with kernel size 1."""
-        once, none = (1,) * self.dimensions, (0,) * self.dimensions
-        return self._convolve(x, matrix.reshape(*matrix.shape, *once), bias, once, none, once)
+        """A convolution with kernel size 1, as the product of matrices that it is, which libraries compute faster."""
+        channels = -1 - self.dimensions
+        if x.is_contiguous():
+            result = matrix @ x.flatten(channels + 1)
+            return (result if bias is None else result + bias[:, None]).unflatten(-1, x.shape[channels + 1 :])
+        # of channels-last memory, which the result keeps
+        return F.linear(x.movedim(channels, -1), matrix, bias).movedim(-1, channels)
 
     def route(self, rank: int, x: Tensor) -> Route:
         """The cheapest way to train a factored weight; there are many more positions than make building it matter."""

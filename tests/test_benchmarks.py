@@ -166,6 +166,18 @@ def test_inference_has_a_row_for_every_rank_and_batch():
 
 
 @pytest.mark.slow
+def test_convolution_compares_both_ways_at_every_rank():
+    arguments = ("--shapes", "8x4x3@8,8x4x1@8", "--ratios", "0.25,1", "--batch", 2, "--repeats", 2)
+    (rows,) = tables(run("convolution.py", *arguments))
+    assert [(row["shape"], row["r"]) for row in rows] == [
+        (shape, r) for shape, k in (("8x4x3@8", 8), ("8x4x1@8", 4)) for r in (str(k // 4), str(k))
+    ]
+    for row in rows:
+        assert min(numbers(row, "dense, ms", "chain", "built", "floor")) > 0
+        assert row["taken"] in ("chain", "built")
+
+
+@pytest.mark.slow
 def test_checks_has_a_row_for_every_width():
     arguments = ("--widths", "64,128", "--layers", 1, "--batch", 2, "--length", 8, "--repeats", 2, "--freezes", 1)
     (rows,) = tables(run("checks.py", *arguments))

@@ -152,14 +152,15 @@ def test_a_low_rank_convolution_keeps_only_narrow_activations():
     saved = []
 
     def note(tensor: Tensor) -> Tensor:
-        saved.append(tuple(tensor.shape))
+        saved.append(tensor.numel())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         layer(x)
-    assert (2, 8, 6, 6) not in saved
-    assert (2, 16, 6, 6) not in saved
-    assert (2, 3, 6, 6) in saved
+    positions = 2 * 6 * 6
+    assert positions * 8 not in saved
+    assert positions * 16 not in saved
+    assert positions * 3 in saved
 
 
 def test_channels_last_inputs_stay_so():
