@@ -173,7 +173,7 @@ def test_convolution_compares_both_ways_at_every_rank():
         (shape, r) for shape, k in (("8x4x3@8", 8), ("8x4x1@8", 4)) for r in (str(k // 4), str(k))
     ]
     for row in rows:
-        assert min(numbers(row, "dense, ms", "chain", "built", "floor")) > 0
+        assert min(numbers(row, "chain", "built", "floor")) > 0
         assert row["taken"] in ("chain", "built")
 
 
