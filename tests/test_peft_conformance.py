@@ -1,10 +1,12 @@
-"""PEFT's own tests of custom models, run on OIALR.
+"""PEFT's own tests of custom models and of transformers models, run on OIALR.
 
-The suite (`tests/test_custom_models.py` of the installed PEFT version) is no part of this repository:
-`fetch_peft_tests.py` gets it. `peft_conformance/` runs it on OIALR:
+The suites (`tests/test_custom_models.py` and others of the installed PEFT version) are no part of this repository:
+`fetch_peft_tests.py` gets them. `peft_conformance/` runs them on OIALR, without a network:
 
-- `suites.py` lists the suites;
-- `custom_models.py` holds the configurations, and in `DEVIATIONS` each test that does not pass, with the reason;
+- `suites.py` lists them;
+- `models.py` makes tiny models in the place of those on the hub;
+- `custom_models.py` and `transformers_models.py` hold the configurations, and in `DEVIATIONS` each test that does not
+  pass, with the reason;
 - `plugin.py` puts the configurations into a suite before its tests are collected.
 
 What then runs is every test that got an OIALR configuration: those over all models and configurations, those over a list
@@ -25,6 +27,7 @@ from typing import NamedTuple
 
 import pytest
 from fetch_peft_tests import fetch
+from peft_conformance.models import make_models
 from peft_conformance.suites import SUITES, Suite
 
 pytestmark = pytest.mark.slow
@@ -72,7 +75,7 @@ def _run(suite: Suite, report: Path) -> list[Result]:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    process = subprocess.run(command, cwd=peft, env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=make_models(), env=environment, capture_output=True, text=True)
     print(process.stdout[-20_000:], process.stderr[-5_000:])  # shown when a test below fails
     # 0: all passed, 1: some failed; anything else: the suite did not run
     assert process.returncode in (0, 1), f"pytest ended with {process.returncode}"

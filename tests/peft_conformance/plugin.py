@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,13 @@ INSTEAD_OF_LORA = [
     pytest.param(FACTORED, id="factored"),
     pytest.param(RESIDUAL, id="residual"),
 ]
+
+# functions that skip tests which OIALR can pass: those with GPT-2's Conv1D, with a model without biases, and with
+# embeddings passed in the place of tokens
+SKIPS_NOT_FOR_OIALR = {"_skip_if_conv1d_not_supported", "check_beft_config", "skip_non_prompt_learning"}
+
+# tests that run the cases of every method, but skip those that are not LoRA's
+TESTS_THAT_ADMIT_ONLY_LORA = {"test_generate_with_mixed_adapter_batches", "test_mixed_adapter_batches"}
 
 
 @contextmanager
@@ -52,12 +60,39 @@ def pytest_pycollect_makemodule(module_path: Path) -> Any:
     if suite is not None:
         with _without_diffusers():
             tests = module.obj  # imports it
-        _replace_lists(tests)
+        if suite.cases:
+            _replace_cases(tests, suite.cases)
+        else:
+            _replace_lists(tests)
+        for each in (tests, _common_tests(tests)):
+            for name in vars(each).keys() & SKIPS_NOT_FOR_OIALR:
+                setattr(each, name, lambda *args: None)
     return module
 
 
 def _suite_of(path: Path) -> Suite | None:
     return next((suite for suite in SUITES if suite.file == path.name), None)
+
+
+def _common_tests(tests: ModuleType) -> Any:
+    """The module that holds the bodies of the tests that suites have in common."""
+    return importlib.import_module(f"{tests.__package__}.testing_common")
+
+
+def _replace_cases(tests: ModuleType, cases: Sequence[Any]) -> None:
+    """Run `cases` where a test has one mark for all models and another for all configurations."""
+    instead = pytest.mark.parametrize(("model_id", "config_cls", "config_kwargs"), cases).mark
+    for test in _functions(tests):
+        marks = getattr(test, "pytestmark", [])
+        models = [mark for mark in marks if mark.args[:1] == ("model_id",)]
+        configurations = [mark for mark in marks if len(mark.args) > 1 and mark.args[1] is tests.ALL_CONFIGS]
+        if models and configurations:
+            test.pytestmark = [mark for mark in marks if mark not in models + configurations] + [instead]
+
+
+def _functions(tests: ModuleType) -> list[Any]:
+    classes = [value for name, value in vars(tests).items() if name.startswith("Test")]
+    return [value for each in classes for name, value in vars(each).items() if name.startswith("test_")]
 
 
 def _replace_lists(tests: ModuleType) -> None:
@@ -93,6 +128,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def instead_of_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the test make OIALR configurations where it says LoRA, and know the names of OIALR's parameters."""
     tests = request.module
+    if request.function.__name__ in TESTS_THAT_ADMIT_ONLY_LORA:
+        for module in (tests, _common_tests(tests)):
+            monkeypatch.setattr(module, "LoraConfig", OIALRConfig)
     if not hasattr(request, "param"):
         return
     settings = request.param
@@ -111,6 +149,8 @@ def _configuration(
     settings: dict[str, Any],
     *,
     r: int = 8,
+    lora_alpha: int = 8,
+    lora_dropout: float = 0,
     init_lora_weights: bool = True,
     **common: Any,
 ) -> OIALRConfig:

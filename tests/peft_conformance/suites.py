@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
-from peft_conformance import custom_models
+from peft_conformance import custom_models, transformers_models
 from peft_conformance.configurations import Deviation
 
 
@@ -15,6 +15,8 @@ class Suite(NamedTuple):
     file: str
     deviations: list[Deviation]
     fewest_passed: int  # so that a suite that is not collected is not taken for one that passes
+    # of its tests over all models and configurations: rows of model, class and arguments of the configuration
+    cases: Sequence[Any] = ()
     tests_of_lora: Collection[str] = ()  # tests that name LoRA, but hold for every method
 
     def deviation_of(self, test: str) -> Deviation | None:
@@ -28,5 +30,31 @@ SUITES = [
         custom_models.DEVIATIONS,
         fewest_passed=2128,
         tests_of_lora=custom_models.TESTS_OF_LORA,
+    ),
+    Suite(
+        "test_decoder_models.py",
+        transformers_models.DEVIATIONS,
+        fewest_passed=644,
+        cases=transformers_models.DECODERS,
+    ),
+    Suite(
+        "test_encoder_decoder_models.py",
+        transformers_models.DEVIATIONS,
+        fewest_passed=268,
+        cases=transformers_models.ENCODER_DECODERS,
+        tests_of_lora=["test_load_model_low_cpu_mem_usage", "test_save_shared_tensors"],
+    ),
+    Suite(
+        "test_feature_extraction_models.py",
+        transformers_models.FEATURE_DEVIATIONS,
+        fewest_passed=199,
+        cases=transformers_models.FEATURES,
+        tests_of_lora=["test_load_model_low_cpu_mem_usage"],
+    ),
+    Suite(
+        "test_seq_classifier.py",
+        transformers_models.DEVIATIONS,
+        fewest_passed=110,
+        cases=transformers_models.CLASSIFIERS,
     ),
 ]
