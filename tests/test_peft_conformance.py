@@ -1,14 +1,18 @@
-"""PEFT's own tests of custom models, run on OIALR.
+"""PEFT's own tests of custom models and of transformers models, run on OIALR.
 
-The suite (`tests/test_custom_models.py` of the installed PEFT version) is no part of this repository:
-`fetch_peft_tests.py` gets it. A plugin, `peft_conformance/plugin.py`, puts OIALR configurations into the suite's lists
-before they are collected. What then runs is every test that got such a configuration: those over `TEST_CASES`,
-`MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES` and `ALL_PEFT_CONFIG_CLASSES`, those over a list of their own of which every
-method is a member, and those in `TESTS_OF_LORA`, which name LoRA but hold for every method. The rest is about other
-methods, or about what OIALR does not have: weighted sums of adapters, an adapter per sample, targets that are not
-linear layers; or it needs the hub.
+The suites (`tests/test_custom_models.py` and others of the installed PEFT version) are no part of this repository:
+`fetch_peft_tests.py` gets them. `peft_conformance/` runs them on OIALR, without a network:
 
-`peft_conformance/cases.py` holds the configurations, and in `DEVIATIONS` each test that does not pass, with the reason.
+- `suites.py` lists them;
+- `models.py` makes tiny models in the place of those on the hub;
+- `custom_models.py` and `transformers_models.py` hold the configurations, and in `DEVIATIONS` each test that does not
+  pass, with the reason;
+- `plugin.py` puts the configurations into a suite before its tests are collected.
+
+What then runs is every test that got an OIALR configuration: those over all models and configurations, those over a list
+of their own of which every method is a member, and those in a suite's `tests_of_lora`, which name LoRA but hold for every
+method. The rest is about other methods, or about what OIALR does not have: weighted sums of adapters, an adapter per
+sample, targets that are not linear layers; or it needs the hub.
 """
 
 from __future__ import annotations
@@ -23,24 +27,23 @@ from typing import NamedTuple
 
 import pytest
 from fetch_peft_tests import fetch
-from peft_conformance.cases import DEVIATIONS, Deviation
-from peft_conformance.plugin import SUITE, matches
+from peft_conformance.models import make_models
+from peft_conformance.suites import SUITES, Suite
 
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).resolve().parent
-FEWEST_PASSED = 2128  # so that a suite that is not collected is not taken for one that passes
 
 
 class Result(NamedTuple):
-    """What pytest reports about one test of the suite."""
+    """What pytest reports about one test of a suite."""
 
     name: str
     outcome: str  # "passed", "failed" (errors as well), "xfailed", "skipped"
     message: str
 
 
-def _suite() -> Path:
+def _fetched() -> Path:
     try:
         return fetch()
     except RuntimeError as error:
@@ -59,18 +62,20 @@ def _outcome(case: ElementTree.Element) -> tuple[str, str]:
     return "passed", ""
 
 
-def _run(suite: Path, report: Path) -> list[Result]:
+def _run(suite: Suite, report: Path) -> list[Result]:
     """Run the suite in a process of its own, because it changes PEFT's test modules and needs other settings."""
-    command = [sys.executable, "-m", "pytest", f"tests/{SUITE}", "-q", "-n", "2", "--tb=short"]
+    peft = _fetched()
+    command = [sys.executable, "-m", "pytest", str(peft / "tests" / suite.file), "-c", str(peft / "pytest.ini")]
+    command += ["-q", "-n", "2", "--tb=short"]
     command += ["-p", "peft_conformance.plugin", "-p", "no:cacheprovider", f"--junitxml={report}"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    process = subprocess.run(command, cwd=suite, env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=make_models(), env=environment, capture_output=True, text=True)
     print(process.stdout[-20_000:], process.stderr[-5_000:])  # shown when a test below fails
     # 0: all passed, 1: some failed; anything else: the suite did not run
     assert process.returncode in (0, 1), f"pytest ended with {process.returncode}"
@@ -78,30 +83,33 @@ def _run(suite: Path, report: Path) -> list[Result]:
     return [Result(case.get("name", ""), *_outcome(case)) for case in cases]
 
 
-def _unused(deviation: Deviation, not_passed: list[Result]) -> list[str]:
-    """Entries of a deviation that no test of the suite has anything to do with."""
+def _unused(suite: Suite, results: list[Result]) -> list[str]:
+    """Entries of deviations that no test of the suite needs; those for tests that only other suites have do not count."""
+    tests = {result.name.partition("[")[0] for result in results}
     return [
         f"{test}[{pattern}]"
+        for deviation in suite.deviations
         for test in deviation.tests
         for pattern in deviation.cases
-        if not any(
-            matches(deviation._replace(tests=(test,), cases=(pattern,)), result.name)
-            and (result.outcome == "skipped") == (deviation.error is None)
-            for result in not_passed
+        if test in tests
+        and not any(
+            deviation._replace(tests=(test,), cases=(pattern,)).covers(result.name)
+            and result.outcome == ("skipped" if deviation.error is None else "xfailed")
+            for result in results
         )
     ]
 
 
-def test_oialr_passes_the_tests_of_peft(tmp_path: Path) -> None:
-    results = _run(_suite(), tmp_path / "report.xml")
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.file)
+def test_oialr_passes_the_tests_of_peft(suite: Suite, tmp_path: Path) -> None:
+    results = _run(suite, tmp_path / "report.xml")
 
     assert [result for result in results if result.outcome == "failed"] == []
 
-    not_passed = [result for result in results if result.outcome != "passed"]
-    named = [deviation for deviation in DEVIATIONS if deviation.error is None]
-    skipped = [result for result in not_passed if result.outcome == "skipped"]
-    assert [result for result in skipped if not any(matches(each, result.name) for each in named)] == []
-    assert [entry for deviation in DEVIATIONS for entry in _unused(deviation, not_passed)] == []
+    named = [deviation for deviation in suite.deviations if deviation.error is None]
+    skipped = [result for result in results if result.outcome == "skipped"]
+    assert [result for result in skipped if not any(each.covers(result.name) for each in named)] == []
+    assert _unused(suite, results) == []
 
     outcomes = Counter(result.outcome for result in results)
-    assert outcomes["passed"] >= FEWEST_PASSED, outcomes
+    assert outcomes["passed"] >= suite.fewest_passed, outcomes

@@ -1,21 +1,23 @@
-"""What PEFT's suite is run on: OIALR configurations in the form of its own lists, and where OIALR departs from it."""
+"""What PEFT's suite of custom models is run on, in the form of its own lists, and where OIALR departs from it."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from peft_conformance.configurations import (
+    DENSE,
+    FACTORED,
+    MASKED,
+    PRETRAINING,
+    RESIDUAL,
+    TRUNCATED,
+    U_AND_V_ARE_FROZEN,
+    Deviation,
+)
 
 from oialr_peft import OIALRConfig
-
-# the phases a layer can be in, by the settings that lead there
-DENSE: dict[str, Any] = {}
-FACTORED: dict[str, Any] = {"freeze_when": "delay", "delay": 0}
-TRUNCATED: dict[str, Any] = {**FACTORED, "init_rank": 2}
-MASKED: dict[str, Any] = {**TRUNCATED, "shrink": "mask"}
-RESIDUAL: dict[str, Any] = {"residual": True, "init_rank": 2}
-PRETRAINING: dict[str, Any] = {"pretraining": True}
 
 
 def _case(name: str, model: str, **settings: Any) -> Any:
@@ -103,13 +105,6 @@ ADAPTER_NAME_CASES = [
     pytest.param(OIALRConfig(**RESIDUAL, **LIN0, init_weights=False), id="residual"),
 ]
 
-# settings put in the place of LoRA in `TESTS_OF_LORA`
-INSTEAD_OF_LORA = [
-    pytest.param(DENSE, id="dense"),
-    pytest.param(FACTORED, id="factored"),
-    pytest.param(RESIDUAL, id="residual"),
-]
-
 # tests that name LoRA, but hold for every method
 TESTS_OF_LORA = {
     "test_add_adapter_rejects_duplicate_name_without_mutation",
@@ -135,19 +130,6 @@ TESTS_OF_LORA = {
 }
 
 
-class Deviation(NamedTuple):
-    """Tests that do not pass, and why that is right.
-
-    They run all the same: one that passes, or fails with anything but this error, is a failure.
-    """
-
-    tests: tuple[str, ...]
-    cases: tuple[str, ...]  # patterns of the part of a test's name that is in brackets
-    reason: str
-    error: type[BaseException] | None  # None: the suite itself skips them
-    message: str | None = None  # regular expression that the error's message matches
-
-
 WITH_A_SECOND_ADAPTER = (
     "test_active_adapter",
     "test_adapter_dtype_autocast",
@@ -158,8 +140,6 @@ WITH_A_SECOND_ADAPTER = (
     "test_load_multiple_adapters",
     "test_save_pretrained_adapter_name_substring",
 )
-
-U_AND_V_ARE_FROZEN = "Expects that every tensor of an adapter trains; U and V are frozen."
 
 DEVIATIONS = [
     Deviation(
