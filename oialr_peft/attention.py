@@ -28,6 +28,9 @@ class SplitAttention(nn.Module):
         attention: what to replace; its parameters are shared.
     """
 
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
@@ -45,7 +48,7 @@ class SplitAttention(nn.Module):
                 setattr(self, name, _linear(getattr(attention, f"{name}_weight"), third))
         out: Any = attention.out_proj
         self.out_proj = _linear(out.weight, out.bias)
-        self.bias_k, self.bias_v = attention.bias_k, attention.bias_v
+        _put(self, bias_k=attention.bias_k, bias_v=attention.bias_v)
         self.train(attention.training)
 
     # nn.TransformerEncoderLayer looks at this before it goes round the module with a kernel of its own
@@ -76,19 +79,16 @@ class SplitAttention(nn.Module):
             device="meta",
         )
         if self.packed:
-            packed: Any = self.in_proj
-            merged.in_proj_weight, merged.in_proj_bias = packed.weight, packed.bias
+            _put(merged, in_proj_weight=self.in_proj.weight, in_proj_bias=self.in_proj.bias)
         else:
             modules = [self.get_submodule(name) for name in SEPARATE]
-            for name, module in zip(SEPARATE, modules, strict=True):
-                setattr(merged, f"{name}_weight", module.weight)
+            _put(merged, **{f"{name}_weight": each.weight for name, each in zip(SEPARATE, modules, strict=True)})
             if modules[0].bias is not None:
                 biases = [cast(nn.Parameter, module.bias) for module in modules]
-                merged.in_proj_bias = nn.Parameter(
-                    torch.cat([bias.detach() for bias in biases]), requires_grad=biases[0].requires_grad
-                )
-        merged.out_proj.weight, merged.out_proj.bias = self.out_proj.weight, self.out_proj.bias
-        merged.bias_k, merged.bias_v = self.bias_k, self.bias_v
+                joined = torch.cat([bias.detach() for bias in biases])
+                _put(merged, in_proj_bias=nn.Parameter(joined, requires_grad=biases[0].requires_grad))
+        _put(merged.out_proj, weight=self.out_proj.weight, bias=self.out_proj.bias)
+        _put(merged, bias_k=self.bias_k, bias_v=self.bias_v)
         return merged.train(self.training)
 
     def unload_and_optionally_merge_module(
@@ -208,10 +208,13 @@ def avoid_fast_path(parent: nn.Module) -> None:
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = weight
-    if bias is not None:
-        linear.bias = bias
+    _put(linear, weight=weight, bias=bias)
     return linear
+
+
+def _put(module: nn.Module, **parameters: Any) -> None:
+    """Set parameters that exist already, past PEFT's `init_empty_weights`, which sends new ones to the meta device."""
+    module._parameters.update(parameters)
 
 
 def _thirds(bias: nn.Parameter) -> list[nn.Parameter]:

@@ -200,13 +200,15 @@ def _factored_rows(update: OIALRUpdate) -> list[list[str]]:
 
 def hub_id(name: str | None) -> str | None:
     """The name, if it can be that of a repository; `None` for a local directory, an impossible name or no name."""
-    if not name or os.path.isdir(name):
-        return None
+    return name if name and _is_repo_id(name) and not os.path.isdir(name) else None
+
+
+def _is_repo_id(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return None
-    return name
+        return False
+    return True
 
 
 def adapter_loading(
@@ -361,7 +363,7 @@ def _describe(card: RepoCard, library: str, tags: Sequence[str], base_model: str
     # the Hub refuses a card whose base model is a local path or empty, which is what PEFT writes of such a model
     named = data.get("base_model")
     names = named if isinstance(named, list) else [named]
-    if not all(hub_id(name) for name in names):
+    if not all(name and _is_repo_id(name) for name in names):
         data["base_model"] = None
     data["base_model"] = data.get("base_model") or base_model
     kept = [tag for tag in data.get("tags", []) if _is_valid_tag(tag)]
@@ -370,4 +372,4 @@ def _describe(card: RepoCard, library: str, tags: Sequence[str], base_model: str
 
 def _is_valid_tag(tag: str) -> bool:
     prefix, _, name = tag.rpartition(":")
-    return prefix != "base_model:adapter" or hub_id(name) is not None
+    return prefix != "base_model:adapter" or _is_repo_id(name)

@@ -177,3 +177,12 @@ def test_a_second_adapter_joins_the_first():
     model.set_adapter("default")
     model.delete_adapter("other")
     assert_close(model(x), first)
+
+
+def test_loading_with_low_memory_leaves_the_base_weights_where_they_are(tmp_path):
+    model = get_peft_model(encoder(), OIALRConfig(target_modules=["self_attn"], **FACTORED)).eval()
+    model.save_pretrained(tmp_path)
+    base = encoder()
+    base.load_state_dict(model.merge_and_unload().state_dict())
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())

@@ -174,7 +174,7 @@ def test_autocast_and_checkpointing_compile_without_graph_breaks(mode):
 @pytest.mark.parametrize(("shrink", "recompiles"), [("physical", 1), ("mask", 0)])
 def test_twenty_changes_of_rank_compile_once_more_at_most(shrink, recompiles, residual):
     settings = {"residual": True} if residual else FACTORED
-    settings |= {"shrink": shrink, "update_every": 1, "cutoff": 1e-9, "init_weights": False}
+    settings = {**settings, "shrink": shrink, "update_every": 1, "cutoff": 1e-9, "init_weights": False}
     compiled, eager = pair(**settings)
     combinations = set()
     for check in range(CHANGES):

@@ -32,4 +32,12 @@ class Deviation(NamedTuple):
         return name in self.tests and any(fnmatchcase(case, pattern) for pattern in self.cases)
 
 
+PICKLES = Deviation(
+    ("test_save_pretrained_pickle", "test_save_pretrained_selected_adapters_pickle"),
+    ("*",),
+    "Loads pickled weights, which are refused.",
+    ValueError,
+    "no safetensors file",
+)
+
 U_AND_V_ARE_FROZEN = "Expects that every tensor of an adapter trains; U and V are frozen."
