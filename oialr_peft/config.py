@@ -75,8 +75,8 @@ class OIALRConfig(PeftConfig):
         update_every: ν, steps between two checks.
         cutoff: β in [0, 1): directions with σ < β·σ_max are dropped.
         layers_per_update: α in (0, 1]: share of the layers added at each Σ update, from the last one back; 1 = all.
-        max_output_loss: reserved for a bound on the output energy that one Σ update may remove; only `None`, the
-            paper's rule alone, is available in this release.
+        max_output_loss: largest share of a layer's output energy on recent inputs, in [0, 1), that one Σ update may
+            remove; `None` applies the paper's rule alone.
         max_rank_drop: largest share of a rank lost in one update, in (0, 1].
         min_rank: floor of the rank.
         stability_storage: what is kept of the last basis: `"sketch"` (its product with 32 random ±1 columns; Stability
@@ -142,7 +142,8 @@ class OIALRConfig(PeftConfig):
         default=1.0, metadata={"help": "Share of the layers added at each Σ update, from the last one back."}
     )
     max_output_loss: float | None = field(
-        default=None, metadata={"help": "Reserved; only None (the paper's rule alone) is available."}
+        default=None,
+        metadata={"help": "Largest share of a layer's output energy that one update may remove; None: no bound."},
     )
     max_rank_drop: float = field(default=0.5, metadata={"help": "Largest share of a rank lost in one update."})
     min_rank: int | float = field(default=0.01, metadata={"help": "Floor of the rank: count, or fraction of k."})
@@ -363,10 +364,12 @@ class OIALRConfig(PeftConfig):
                 f"`max_rank_drop` must be a number in (0, 1], but is {self.max_rank_drop!r}. 0.5 at most halves a "
                 "rank per update; set `cutoff=0` to drop nothing."
             )
-        if self.max_output_loss is not None:
+        if self.max_output_loss is not None and not (
+            _is_number(self.max_output_loss) and 0 <= self.max_output_loss < 1
+        ):
             raise ValueError(
-                f"`max_output_loss` must be None in this release, but is {self.max_output_loss!r}. Use a smaller "
-                "`cutoff`, or `residual=True`, to bound what an update removes."
+                f"`max_output_loss` must be a number in [0, 1) or None, but is {self.max_output_loss!r}. 0.001 lets one "
+                "update remove a thousandth of a layer's output energy."
             )
 
     def _check_combinations(self) -> None:

@@ -39,11 +39,13 @@ from oialr_peft.factors import (
     bounded_rank,
     compute_dtype,
     count_above,
+    count_needed,
     factors_of,
     first_not_finite,
     not_finite_error,
     rotate,
 )
+from oialr_peft.inputs import RecentInputs
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.model import adapter_layers
 from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, transport_state
@@ -144,6 +146,9 @@ class OIALRController:
         self._sigma_updates = 0
         self._bases: dict[str, Tensor] = {}
         self._reset_warned = False
+        self._recent = None if self.config.max_output_loss is None else RecentInputs(self.layers)
+        if self._recent is not None:
+            weakref.finalize(self, self._recent.close)
         self._trained = {name: layer.trained_parameter(adapter_name) for name, layer in self.layers.items()}
         self._require_trained_by_optimizer()
         self._device = next(iter(self._trained.values())).device
@@ -159,6 +164,7 @@ class OIALRController:
             layer.controlled[adapter_name] = True
         torch_optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         torch_optimizer.register_step_post_hook(_forget_products_of(list(self.layers.values())))
+        self._record_before_check()
 
     def step(self) -> OIALRUpdate | None:
         """Count one optimizer step; call it after the step, with gradients cleared.
@@ -175,6 +181,7 @@ class OIALRController:
             return None
         self._steps += 1
         if not self.schedule.is_check(self._steps):
+            self._record_before_check()
             return None
         started = time.perf_counter()
         self._require_unchanged_parameters()
@@ -194,7 +201,14 @@ class OIALRController:
         )
         self.history.append(update)
         self._report(update)
+        self._record_before_check()
         return update
+
+    def _record_before_check(self) -> None:
+        """Record the inputs of the next step if a check follows it."""
+        if self._recent is not None:
+            self._recent.forget()
+            self._recent.recording = self.schedule.is_check(self._steps + 1)
 
     @property
     def steps(self) -> int:
@@ -293,11 +307,7 @@ class OIALRController:
     def _ranks_after(self, rotations: dict[str, Rotation], due: set[str]) -> dict[str, int]:
         """Ranks to keep; those of layers that are not due stay as they are."""
         ranks = {name: rotation.singular_values.numel() for name, rotation in rotations.items()}
-        counted = {
-            name: count_above(rotation.singular_values, self.config.cutoff)
-            for name, rotation in rotations.items()
-            if name in due
-        }
+        counted = {name: self._count_to_keep(name, rotation) for name, rotation in rotations.items() if name in due}
         if not counted:
             return ranks
         for name, above in zip(counted, torch.stack(list(counted.values())).tolist(), strict=True):
@@ -309,6 +319,31 @@ class OIALRController:
                 min_rank=rank_of(self.config.min_rank, min(layer.out_features, layer.in_features)),
             )
         return ranks
+
+    def _count_to_keep(self, name: str, rotation: Rotation) -> Tensor:
+        """The directions that the cutoff keeps, or that the bound on the output loss needs if they are more."""
+        above = count_above(rotation.singular_values, self.config.cutoff)
+        if self.config.max_output_loss is None:
+            return above
+        assert self._recent is not None
+        sample = self._recent.samples.get(name)
+        if sample is None:
+            # nobody knows what a layer that was not called contributes
+            return torch.full_like(above, rotation.singular_values.numel())
+        energies, total = self._output_energies(name, rotation, sample.to(rotation.q.dtype))
+        return torch.maximum(above, count_needed(energies, total, self.config.max_output_loss))
+
+    def _output_energies(self, name: str, rotation: Rotation, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean energy σᵢ² (vᵢᵀ x)² of each direction on the sample, and that of the whole layer without its bias."""
+        layer = self.layers[name]
+        form, sigma = layer.form, rotation.singular_values
+        vh = rotation.q.mT if self._is_dense(name) else rotation.q.mT @ self._factors(name).vh.to(rotation.q.dtype)
+        energies = sigma**2 * form.rows(form.apply(sample, vh)).square().mean(0)
+        if not layer.residual[self.adapter_name] or self._sharded:
+            return energies, energies.sum()
+        u = self._factors(name).u.to(rotation.p.dtype) @ rotation.p
+        output = form.rows(layer.base_output(sample)) + form.rows(form.apply(sample, (u * sigma) @ vh))
+        return energies, output.square().mean(0).sum()
 
     def _changed(self, name: str, rotation: Rotation, due: bool, slots: OptimizerSlots) -> Outcome:
         """New factors and optimizer state of a layer whose trained matrix becomes the diagonal of `rotation`."""
@@ -480,6 +515,7 @@ class OIALRController:
             name: basis if self.config.stability_storage == "cpu" else basis.to(self._trained[name].device)
             for name, basis in state_dict["bases"].items()
         }
+        self._record_before_check()
         self.history = [
             OIALRUpdate(**{**update, "ranks": {name: (r[0], r[1]) for name, r in update["ranks"].items()}})
             for update in state_dict["history"]

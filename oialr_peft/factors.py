@@ -250,6 +250,24 @@ def count_above(singular_values: Tensor, cutoff: float) -> Tensor:
     return (singular_values >= cutoff * singular_values[0]).sum()
 
 
+def count_needed(energies: Tensor, total: Tensor, largest_loss: float) -> Tensor:
+    """How many leading directions to keep so that the others have at most a share `largest_loss` of the output energy.
+
+    Args:
+        energies: (r,) output energy of each direction, σᵢ² E[(vᵢᵀ x)²], in descending order of σ.
+        total: scalar, output energy of the layer.
+        largest_loss: share in [0, 1).
+
+    Returns:
+        An integer scalar in [0, r] on their device.
+
+    >>> count_needed(torch.tensor([9.0, 0.9, 0.09, 0.01]), torch.tensor(10.0), 0.01)
+    tensor(2)
+    """
+    lost = energies.flip(0).cumsum(0).flip(0)  # by keeping only the directions before
+    return (lost > largest_loss * total).sum()
+
+
 def bounded_rank(above: int, rank: int, *, max_rank_drop: float, min_rank: int) -> int:
     """The rank kept of `rank` when `above` directions pass the cutoff; see `rank_to_keep`."""
     return min(rank, max(above, rank - math.floor(max_rank_drop * rank), min_rank))

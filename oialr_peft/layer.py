@@ -609,6 +609,14 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         """The dtype that the base weight computes in; of a quantized one, that of its dequantized numbers."""
         return dequantized_dtype(self.get_base_layer()) if self.quantized else self.base_weight.dtype
 
+    def base_output(self, x: Tensor) -> Tensor:
+        """What the base layer alone computes, without its bias."""
+        base = self.get_base_layer()
+        if not self.quantized:
+            return self.form.apply(x, self._unmerged_base_matrix().to(x.dtype))
+        result = cast(Tensor, base(x))
+        return result if base.bias is None else result - cast(Tensor, base.bias)
+
     def _base_matrix(self) -> Tensor:
         if self.quantized:
             return self.form.matrix(dequantized_weight(self.get_base_layer()))

@@ -14,6 +14,7 @@ positions it costs what a linear layer of this matrix costs for T tokens, so the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +92,15 @@ class Matricization:
     def mix(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply the channels of `x` at each position by this (q, r) matrix, and add the (q,) bias."""
         return F.linear(x, matrix, bias)
+
+    def rows(self, y: Tensor) -> Tensor:
+        """Outputs as (positions, channels)."""
+        return y.reshape(-1, y.shape[-1])
+
+    def sample(self, x: Tensor, positions: int) -> Tensor:
+        """Some of the inputs, spread evenly, that give about this many output positions; a copy."""
+        rows = x.reshape(-1, self.n)
+        return rows[:: max(1, rows.shape[0] // positions)].clone()
 
     def route(self, rank: int, x: Tensor) -> Route:
         """The cheapest way to train a factored weight on these inputs."""
@@ -183,6 +193,17 @@ class Convolution(Matricization):
             return (result if bias is None else result + bias[:, None]).unflatten(-1, x.shape[channels + 1 :])
         # of channels-last memory, which the result keeps
         return F.linear(x.movedim(channels, -1), matrix, bias).movedim(-1, channels)
+
+    def rows(self, y: Tensor) -> Tensor:
+        """Outputs as (positions, channels)."""
+        return y.movedim(-1 - self.dimensions, -1).reshape(-1, y.shape[-1 - self.dimensions])
+
+    def sample(self, x: Tensor, positions: int) -> Tensor:
+        """Some of the images, spread evenly, that give at least this many output positions; a copy."""
+        images = x.reshape(-1, *x.shape[-1 - self.dimensions :])
+        each = math.prod(x.shape[-self.dimensions :]) // math.prod(self.settings["stride"]) or 1
+        wanted = -(-positions // each)
+        return images[:: max(1, images.shape[0] // wanted)].clone()
 
     def route(self, rank: int, x: Tensor) -> Route:
         """The cheapest way to train a factored weight; there are many more positions than make building it matter."""

@@ -25,6 +25,7 @@ class Settings:
     min_rank: int = 1
     init_rank: int | None = None
     residual: bool = False
+    max_output_loss: float | None = None
 
 
 class SGD:
@@ -65,6 +66,7 @@ class Layer:
     sigma: np.ndarray | None = None
     vh: np.ndarray | None = None
     basis: np.ndarray | None = None  # at the previous check
+    inputs: np.ndarray | None = None  # (batch, n) in the last training step
     state: dict = field(default_factory=dict)  # of the optimizer
 
     def weight(self, residual):
@@ -115,7 +117,8 @@ class Reference:
         for i in reversed(range(len(weights))):
             gradients[i] = delta.T @ activations[i]
             delta = (delta @ weights[i]) * (1 - activations[i] ** 2)
-        for layer, gradient in zip(self.layers, gradients):
+        for layer, inputs, gradient in zip(self.layers, activations, gradients):
+            layer.inputs = inputs
             if layer.dense is not None:
                 layer.dense = self.optimizer.step(layer.dense, gradient, layer.state)
             else:
@@ -161,6 +164,14 @@ class Reference:
         p, d, qh = np.linalg.svd(layer.sigma)
         before = len(d)
         above = int(np.sum(d >= s.cutoff * d[0]))
+        if s.max_output_loss is not None:
+            output = layer.inputs @ (layer.u @ layer.sigma @ layer.vh + (layer.base if s.residual else 0)).T
+            allowed = s.max_output_loss * np.sum(output**2)
+            for needed in range(before + 1):
+                dropped = layer.inputs @ ((layer.u @ p)[:, needed:] @ np.diag(d[needed:]) @ (qh @ layer.vh)[needed:]).T
+                if np.sum(dropped**2) <= allowed:
+                    break
+            above = max(above, needed)
         kept = min(before, max(above, before - math.floor(s.max_rank_drop * before), s.min_rank))
         layer.u, layer.sigma, layer.vh = layer.u @ p[:, :kept], np.diag(d[:kept]), qh[:kept] @ layer.vh
         change_basis(layer.state, p[:, :kept], qh[:kept].T)

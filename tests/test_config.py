@@ -34,7 +34,7 @@ BAD_VALUES = {
     "update_every": [0, -1, 0.0, 1.0, 2.5, math.nan, None, "10", True],
     "cutoff": [1, 1.0, -0.1, math.nan, None, "0.1", False],
     "layers_per_update": [0, 0.0, 1.1, math.nan, None, "1", True],
-    "max_output_loss": [0.1, 0, "0.1", True],
+    "max_output_loss": [-0.1, 1, 1.0, math.nan, "0.1", True],
     "max_rank_drop": [0, 0.0, 1.1, -0.5, math.nan, None, "0.5", True],
     "min_rank": [0, -1, 1.0, 0.0, math.nan, None, "1", True],
     "stability_storage": ["disk", None, 1, True],

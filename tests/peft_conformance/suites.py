@@ -33,7 +33,7 @@ SUITES = [
     ),
     Suite(
         "test_decoder_models.py",
-        transformers_models.DEVIATIONS,
+        transformers_models.DECODER_DEVIATIONS,
         fewest_passed=636,
         cases=transformers_models.DECODERS,
     ),

@@ -1,0 +1,201 @@
+"""Images from scratch: dense training against OIALR with the same budget, on CIFAR-10.
+
+    python benchmarks/pretraining.py --data cifar10-train.parquet --run dense '{}' --run stable '{"cutoff": 0.35}'
+
+Each `--run` is a name and the settings of `OIALRConfig` as JSON, or `null` for dense training; each is trained with every seed
+of `--seeds`. The model is a vision transformer, AdamW with a linear warm-up and a cosine decay; validation images are split off
+the training file. Printed are means and standard deviations over seeds:
+
+accuracy      of the last evaluation
+trainable     percent of the dense model's parameters: mean over all steps, and after the last
+jump          largest relative rise of the loss on one fixed batch from before a check to after it
+seconds       of training, checks included; runs side by side slow each other down, compare with `--jobs 1`
+
+`--output` keeps every run as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from common import parser, print_table, start
+from datasets import load_dataset
+from peft import get_peft_model
+from PIL import Image
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
+
+from oialr_peft import OIALRConfig, OIALRController
+
+PROBE = 256  # images of the fixed batch on which jumps are measured
+
+
+def images(path: str, count: int, validation: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and validation images (N, 3, 32, 32) in [-1, 1] with their labels, by a fixed shuffle of the file."""
+    rows = load_dataset("parquet", data_files=path, split="train").shuffle(seed=0).select(range(count + validation))
+    picture = next(name for name in rows.column_names if "im" in name)
+    label = next(name for name in rows.column_names if name != picture)
+
+    def pixels(entry: Any) -> np.ndarray:
+        return np.asarray(entry if isinstance(entry, Image.Image) else Image.open(io.BytesIO(entry["bytes"])))
+
+    x = torch.from_numpy(np.stack([pixels(entry) for entry in rows[picture]])).movedim(-1, 1).float() / 127.5 - 1
+    y = torch.tensor(rows[label])
+    return (x[:count], y[:count]), (x[count:], y[count:])
+
+
+def vit(args: argparse.Namespace) -> ViTForImageClassification:
+    """A vision transformer for images of 32×32."""
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=max(1, args.hidden // 32),
+            intermediate_size=4 * args.hidden,
+            image_size=32,
+            patch_size=args.patch,
+            num_labels=10,
+        )
+    )
+
+
+def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random shifts by up to 4 pixels and mirroring."""
+    x = x if torch.rand((), generator=generator) < 0.5 else x.flip(-1)
+    down, right = torch.randint(9, (2,), generator=generator).tolist()
+    return nn.functional.pad(x, (4, 4, 4, 4))[..., down : down + 32, right : right + 32]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    model.eval()
+    correct = sum(
+        (model(part).logits.argmax(-1) == labels).sum().item() for part, labels in zip(x.split(500), y.split(500))
+    )
+    model.train()
+    return correct / len(y)
+
+
+def train(settings: dict[str, Any] | None, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One run, and what is reported of it."""
+    torch.set_num_threads(args.threads or 1)
+    torch.manual_seed(seed)
+    (x, y), validation = images(args.data, args.images, args.validation)
+    model: Any = vit(args)
+    if settings is not None:
+        model = get_peft_model(model, OIALRConfig(pretraining=True, **settings))
+    model.train()
+    total = sum(p.numel() for p in model.parameters())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.lr, weight_decay=0.05)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    controller = None if settings is None else OIALRController(model, optimizer, total_steps=args.steps)
+    generator = torch.Generator().manual_seed(seed)
+    loss_of = nn.CrossEntropyLoss()
+
+    @torch.no_grad()
+    def probe() -> float:
+        return loss_of(model(x[:PROBE]).logits, y[:PROBE]).item()
+
+    jumps, trainable, curve, seconds = [0.0], [], [], 0.0
+    percent = 100.0
+    for step in range(1, args.steps + 1):
+        started = time.perf_counter()
+        batch = torch.randint(len(x), (args.batch,), generator=generator)
+        loss_of(model(augmented(x[batch], generator)).logits, y[batch]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - started
+        if controller is not None:
+            is_check = controller.schedule.is_check(step)
+            before = probe() if is_check else 0.0
+            started = time.perf_counter()
+            update = controller.step()
+            seconds += time.perf_counter() - started
+            if update is not None:
+                percent = update.trainable_percent
+                jumps.append(probe() / before - 1)
+        trainable.append(percent)
+        if step % max(1, args.steps // 10) == 0:
+            curve.append(round(accuracy(model, *validation), 4))
+    return {
+        "accuracy": curve[-1],
+        "curve": curve,
+        "trainable_mean": round(mean(trainable), 2),
+        "trainable_end": round(percent, 2),
+        "jump": round(max(jumps), 4),
+        "frozen_at": {} if controller is None else {str(u.step): len(u.frozen) for u in controller.history if u.frozen},
+        "parameters": total,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _one(job: tuple[str, dict[str, Any] | None, int, argparse.Namespace]) -> dict[str, Any]:
+    name, settings, seed, args = job
+    return {"run": name, "settings": settings, "seed": seed, **train(settings, seed, args)}
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def main() -> None:
+    options = parser(__doc__, repeats=1)
+    options.add_argument("--data", required=True, help="parquet file with images and labels")
+    options.add_argument("--run", nargs=2, action="append", required=True, metavar=("NAME", "JSON"), help="see above")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--images", type=int, default=8000)
+    options.add_argument("--validation", type=int, default=2000)
+    options.add_argument("--steps", type=int, default=1000)
+    options.add_argument("--batch", type=int, default=64)
+    options.add_argument("--lr", type=float, default=1e-3)
+    options.add_argument("--hidden", type=int, default=128)
+    options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--patch", type=int, default=4)
+    options.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    options.add_argument("--output", help="file that every run is added to")
+    args = options.parse_args()
+    start(args)
+    jobs = [(name, json.loads(text), seed, args) for seed in args.seeds for name, text in args.run]
+    images(args.data, args.images, args.validation)  # so that the cache is there
+    found: list[dict[str, Any]] = []
+    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=4) as pool:
+        for result in pool.imap(_one, jobs):
+            found.append(result)
+            print(
+                json.dumps(
+                    {
+                        key: result[key]
+                        for key in ("run", "seed", "accuracy", "trainable_mean", "trainable_end", "jump", "seconds")
+                    }
+                ),
+                flush=True,
+            )
+            if args.output:
+                with Path(args.output).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**result, "steps": args.steps, "images": args.images, "lr": args.lr}) + "\n")
+    rows = []
+    for name, _ in args.run:
+        own = [result for result in found if result["run"] == name]
+        columns = [("accuracy", 4), ("trainable_mean", 1), ("trainable_end", 1), ("jump", 3), ("seconds", 0)]
+        rows.append([name, *(spread([result[key] for result in own], digits) for key, digits in columns)])
+        assert all(math.isfinite(result["accuracy"]) for result in own)
+    print_table(["run", "accuracy", "trainable %, mean", "at the end", "jump", "seconds"], rows)
+
+
+if __name__ == "__main__":
+    main()
