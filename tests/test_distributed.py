@@ -153,6 +153,7 @@ def random_schedule(seed: int) -> tuple[dict, dict]:
             "bucket_cap_mb": draw.choice([0.0005, 25]),
         },
     }
+    settings["max_output_loss"] = draw.choice([None, None, 0.0, 0.05])
     return settings, options
 
 
