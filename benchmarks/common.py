@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -105,6 +105,12 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, device: to
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

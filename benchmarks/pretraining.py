@@ -22,14 +22,13 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from common import parser, print_table, start
+from common import parser, print_table, spread, start
 from datasets import load_dataset
 from peft import get_peft_model
 from PIL import Image
@@ -147,12 +146,6 @@ def _one(job: tuple[str, dict[str, Any] | None, int, argparse.Namespace]) -> dic
     return {"run": name, "settings": settings, "seed": seed, **train(settings, seed, args)}
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
-
-
 def main() -> None:
     options = parser(__doc__, repeats=1)
     options.add_argument("--data", required=True, help="parquet file with images and labels")
@@ -173,21 +166,15 @@ def main() -> None:
     jobs = [(name, json.loads(text), seed, args) for seed in args.seeds for name, text in args.run]
     images(args.data, args.images, args.validation)  # so that the cache is there
     found: list[dict[str, Any]] = []
-    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=4) as pool:
-        for result in pool.imap(_one, jobs):
-            found.append(result)
-            print(
-                json.dumps(
-                    {
-                        key: result[key]
-                        for key in ("run", "seed", "accuracy", "trainable_mean", "trainable_end", "jump", "seconds")
-                    }
-                ),
-                flush=True,
-            )
-            if args.output:
-                with Path(args.output).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**result, "steps": args.steps, "images": args.images, "lr": args.lr}) + "\n")
+    pool = multiprocessing.get_context("spawn").Pool(args.jobs)
+    for result in pool.imap(_one, jobs):
+        found.append(result)
+        print(json.dumps({key: value for key, value in result.items() if key != "settings"}), flush=True)
+        if args.output:
+            with Path(args.output).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**result, "steps": args.steps, "images": args.images, "lr": args.lr}) + "\n")
+    pool.close()
+    pool.join()
     rows = []
     for name, _ in args.run:
         own = [result for result in found if result["run"] == name]

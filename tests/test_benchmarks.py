@@ -6,6 +6,7 @@ Most of the few seconds that each takes go into importing; only the quickest run
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import re
@@ -14,9 +15,17 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import datasets
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 BERT = ("--layers", 1, "--hidden", 64, "--repeats", 2)
@@ -210,3 +219,52 @@ def test_the_processes_benchmark():
 def test_the_scaling_script():
     for table in tables(run("scaling.py", "--model", "1b")):
         assert table
+
+
+@pytest.mark.slow
+def test_pretraining_compares_dense_and_oialr_on_images(tmp_path):
+    images = [
+        Image.fromarray(np.random.default_rng(i).integers(256, size=(32, 32, 3), dtype=np.uint8)) for i in range(60)
+    ]
+    features = Features({"img": datasets.Image(), "label": Value("int64")})
+    Dataset.from_dict({"img": images, "label": [i % 10 for i in range(60)]}, features=features).to_parquet(
+        tmp_path / "images.parquet"
+    )
+    size = ("--images", 40, "--validation", 20, "--steps", 20, "--hidden", 32, "--layers", 1, "--patch", 8)
+    runs = ("--run", "dense", "null", "--run", "ours", '{"cutoff": 0.5, "delay": 2, "stability_threshold": 0.1}')
+    output = run(
+        "pretraining.py", "--data", tmp_path / "images.parquet", *size, *runs, "--seeds", 0, 1,
+        "--output", tmp_path / "runs.jsonl",
+    )  # fmt: skip
+    (rows,) = tables(output)
+    assert [row["run"] for row in rows] == ["dense", "ours"]
+    assert rows[0]["at the end"].split()[0] == "100.0"
+    assert float(rows[1]["at the end"].split()[0]) < 100
+    kept = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(each["run"], each["seed"]) for each in kept] == [("dense", 0), ("ours", 0), ("dense", 1), ("ours", 1)]
+
+
+@pytest.mark.slow
+def test_finetuning_has_a_row_for_every_method(tmp_path):
+    words = [f"word{i}" for i in range(50)]
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    rows = "".join(f"{'ab'[i % 2]}\tword{i % 50} word{i * 7 % 50}\n" for i in range(40))
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.tab").write_text(f"Category\tText\nd\tstring\nclass\t\n{rows}")
+    methods = {
+        "full": "{}", "lora": '{"r": 2, "lr": 0.001}', "adalora": '{"target_r": 2}', "psoft": '{"r": 2}', "osf": "{}",
+        "oialr": '{"update_every": 2, "delay": 2}',
+    }  # fmt: skip
+    runs = [part for name, settings in methods.items() for part in ("--run", name, name, settings)]
+    files = ("--model", tmp_path, "--train", tmp_path / "train.tab", "--test", tmp_path / "test.tab")
+    (found,) = tables(run("finetuning.py", *files, "--steps", 6, "--seeds", 0, "--length", 8, *runs))
+    assert [row["method"] for row in found] == list(methods)
+    for row in found:
+        numbers(row, "accuracy", "trainable %", "jump", "s/step", "checkpoint, MB")

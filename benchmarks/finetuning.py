@@ -1,0 +1,203 @@
+r"""Text classification with a pretrained encoder: full fine-tuning, PEFT's methods and OIALR with the same budget.
+
+    python benchmarks/finetuning.py --model MODEL --train train.tab --test test.tab \
+        --run full full '{}' --run lora lora '{"r": 16}' --run oialr oialr '{"max_output_loss": 0.001}'
+
+Each `--run` is a name, a method (`full`, `oialr`, or a method of PEFT by its name) and the settings of its configuration as
+JSON; "lr" among them is the learning rate. The files are tab-separated, three header rows, label and text. The head trains in
+every run. Printed are means and standard deviations over seeds:
+
+accuracy      on the test file (the first `--evaluated` rows of a fixed shuffle)
+trainable     percent of the dense model's parameters that train after the last step, head included
+jump          largest relative rise of the loss on one fixed batch from before a check to after it
+s/step        seconds per step, checks included
+checkpoint    MB of what `save_pretrained` writes
+
+`--output` keeps every run as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import parser, print_table, spread, start
+from peft import TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+
+from oialr_peft import OIALRConfig, OIALRController
+
+PROBE = 64  # texts of the fixed batch on which jumps are measured
+
+
+def read(path: str) -> list[tuple[str, str]]:
+    """(label, text) of each row."""
+    csv.field_size_limit(1 << 24)
+    with Path(path).open(encoding="utf-8", errors="replace", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[3:]
+    return [(row[0], row[1]) for row in rows if len(row) == 2 and row[1].strip()]
+
+
+class Task:
+    """Tokenized texts with their labels."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        train, test = read(args.train), read(args.test)
+        self.labels = sorted({label for label, _ in train})
+        index = {label: i for i, label in enumerate(self.labels)}
+        test = [row for row in test if row[0] in index]
+        random.Random(0).shuffle(test)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.train, self.test = (
+            (self._tokens(tokenizer, rows, args.length), torch.tensor([index[label] for label, _ in rows]))
+            for rows in (train, test[: args.evaluated])
+        )
+
+    @staticmethod
+    def _tokens(tokenizer: Any, rows: list[tuple[str, str]], length: int) -> dict[str, Tensor]:
+        texts = [text for _, text in rows]
+        return dict(tokenizer(texts, truncation=True, max_length=length, padding="max_length", return_tensors="pt"))
+
+
+def adapted(model: nn.Module, method: str, settings: dict[str, Any], steps: int) -> Any:
+    """The model with an adapter of the method; `full` leaves it as it is."""
+    if method == "full":
+        return model
+    common = {"task_type": TaskType.SEQ_CLS}
+    if method == "oialr":
+        return get_peft_model(model, OIALRConfig(**common, **settings))
+    if method == "adalora":
+        settings = {"total_step": steps, **settings}
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
+    return get_peft_model(model, config(**common, **settings))
+
+
+def batch_of(tokens: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: values[rows] for name, values in tokens.items()}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, tokens: dict[str, Tensor], labels: Tensor) -> float:
+    model.eval()
+    rows = torch.arange(len(labels)).split(100)
+    correct = sum((model(**batch_of(tokens, part)).logits.argmax(-1) == labels[part]).sum().item() for part in rows)
+    model.train()
+    return correct / len(labels)
+
+
+def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One run, and what is reported of it."""
+    torch.set_num_threads(args.threads or 1)
+    task = Task(args)
+    torch.manual_seed(seed)
+    settings = dict(settings)
+    lr = settings.pop("lr", args.lr)
+    base = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(task.labels))
+    dense = sum(p.numel() for p in base.parameters())
+    model = adapted(base, method, settings, args.steps).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.01)
+    scheduler = get_linear_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    controller = OIALRController(model, optimizer, total_steps=args.steps) if method == "oialr" else None
+    generator = torch.Generator().manual_seed(seed)
+    tokens, labels = task.train
+    loss_of = nn.CrossEntropyLoss()
+    fixed = torch.arange(len(labels))[:: max(1, len(labels) // PROBE)][:PROBE]
+
+    @torch.no_grad()
+    def probe() -> float:
+        model.eval()
+        loss = loss_of(model(**batch_of(tokens, fixed)).logits, labels[fixed]).item()
+        model.train()
+        return loss
+
+    jumps, losses, seconds = [0.0], [], 0.0
+    for step in range(1, args.steps + 1):
+        started = time.perf_counter()
+        rows = torch.randint(len(labels), (args.batch,), generator=generator)
+        loss = loss_of(model(**batch_of(tokens, rows)).logits, labels[rows])
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        scheduler.step()
+        if method == "adalora":
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - started
+        if controller is not None:
+            is_check = controller.schedule.is_check(step)
+            before = probe() if is_check else 0.0
+            started = time.perf_counter()
+            update = controller.step()
+            seconds += time.perf_counter() - started
+            if update is not None:
+                jumps.append(probe() / before - 1)
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        size = sum(file.stat().st_size for file in Path(directory).rglob("*.safetensors"))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "accuracy": accuracy(model, *task.test),
+        "loss": round(sum(losses[-20:]) / len(losses[-20:]), 4),
+        "trainable": round(100 * trainable / dense, 3),
+        "jump": round(max(jumps), 4),
+        "history": []
+        if controller is None
+        else [(u.step, len(u.frozen), u.trainable_percent) for u in controller.history],
+        "seconds_per_step": round(seconds / args.steps, 4),
+        "checkpoint": round(size / 1e6, 2),
+    }
+
+
+def _one(job: tuple[str, str, dict[str, Any], int, argparse.Namespace]) -> dict[str, Any]:
+    name, method, settings, seed, args = job
+    return {"run": name, "method": method, "settings": settings, "seed": seed, **train(method, settings, seed, args)}
+
+
+def main() -> None:
+    options = parser(__doc__, repeats=1)
+    options.add_argument("--model", required=True, help="path or hub id of a pretrained encoder")
+    options.add_argument("--train", required=True)
+    options.add_argument("--test", required=True)
+    options.add_argument("--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"))
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--batch", type=int, default=16)
+    options.add_argument("--length", type=int, default=64)
+    options.add_argument("--evaluated", type=int, default=1000)
+    options.add_argument("--lr", type=float, default=1e-4)
+    options.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    options.add_argument("--output", help="file that every run is added to")
+    args = options.parse_args()
+    start(args)
+    jobs = [(name, method, json.loads(text), seed, args) for seed in args.seeds for name, method, text in args.run]
+    found: list[dict[str, Any]] = []
+    pool = multiprocessing.get_context("spawn").Pool(args.jobs)
+    for result in pool.imap(_one, jobs):
+        found.append(result)
+        print(json.dumps({key: value for key, value in result.items() if key != "history"}), flush=True)
+        if args.output:
+            with Path(args.output).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**result, "steps": args.steps, "model": args.model, "train": args.train}) + "\n")
+    pool.close()
+    pool.join()
+    columns = [("accuracy", 4), ("trainable", 2), ("jump", 3), ("seconds_per_step", 3), ("checkpoint", 2)]
+    rows = []
+    for name, method, _ in args.run:
+        own = [result for result in found if result["run"] == name]
+        rows.append([name, method, *(spread([result[key] for result in own], digits) for key, digits in columns)])
+    print_table(["run", "method", "accuracy", "trainable %", "jump", "s/step", "checkpoint, MB"], rows)
+
+
+if __name__ == "__main__":
+    main()
