@@ -72,8 +72,9 @@ def supported_module(module: nn.Module, name: str, *, residual: bool = True) -> 
             )
     elif not released and not (inner.weight.is_floating_point() and inner.weight.shape == form.weight_shape):
         raise ValueError(
-            f"The weight of `{name}` must be floating-point and {form.weight_shape}, but has dtype {inner.weight.dtype} and shape "
-            f"{tuple(inner.weight.shape)}. Of quantized weights, those of bitsandbytes and torchao are supported."
+            f"The weight of `{name}` must be floating-point and {form.weight_shape}, but has dtype {inner.weight.dtype} "
+            f"and shape {tuple(inner.weight.shape)}. Of quantized weights, those of bitsandbytes and torchao are "
+            "supported."
         )
     return inner
 
