@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import math
+import multiprocessing
 import os
 import platform
 import shlex
@@ -111,6 +113,45 @@ def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
+
+
+# ---- trainings -------------------------------------------------------------------------------------------------------
+
+
+def training_options(made: argparse.ArgumentParser) -> None:
+    """Options of benchmarks that train several settings with several seeds."""
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    made.add_argument("--output", help="file that every run is added to")
+
+
+def trained(
+    run: Callable[[Any], dict[str, Any]], jobs: Sequence[Any], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The result of each job, printed and added to `--output` as a line of JSON as soon as it is there."""
+    found = []
+    pool = multiprocessing.get_context("spawn").Pool(args.jobs)
+    for result in pool.imap(run, jobs):
+        found.append(result)
+        line = json.dumps(result)
+        print(line, flush=True)
+        if args.output:
+            with Path(args.output).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+    pool.close()
+    pool.join()
+    return found
+
+
+def print_spreads(
+    found: Sequence[dict[str, Any]], names: Sequence[str], columns: Mapping[str, tuple[str, int]]
+) -> None:
+    """A table of means ± standard deviations over seeds: a row for each name, of columns {header: (key, digits)}."""
+    rows = []
+    for name in names:
+        own = [result for result in found if result["run"] == name]
+        rows.append([name, *(spread([result[key] for result in own], digits) for key, digits in columns.values())])
+    print_table(["run", *columns], rows)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

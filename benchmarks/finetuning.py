@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import multiprocessing
 import random
 import tempfile
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, print_table, spread, start
+from common import parser, print_spreads, start, trained, training_options
 from peft import TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
@@ -159,9 +158,17 @@ def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Names
     }
 
 
-def _one(job: tuple[str, str, dict[str, Any], int, argparse.Namespace]) -> dict[str, Any]:
+def one(job: tuple[str, str, dict[str, Any], int, argparse.Namespace]) -> dict[str, Any]:
+    """What is kept of a run."""
     name, method, settings, seed, args = job
-    return {"run": name, "method": method, "settings": settings, "seed": seed, **train(method, settings, seed, args)}
+    described = {
+        "method": method,
+        "settings": settings,
+        "seed": seed,
+        "steps": args.steps,
+        "data": Path(args.train).name,
+    }
+    return {"run": name, **described, **train(method, settings, seed, args)}
 
 
 def main() -> None:
@@ -170,33 +177,23 @@ def main() -> None:
     options.add_argument("--train", required=True)
     options.add_argument("--test", required=True)
     options.add_argument("--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"))
-    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--steps", type=int, default=300)
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--length", type=int, default=64)
     options.add_argument("--evaluated", type=int, default=1000)
     options.add_argument("--lr", type=float, default=1e-4)
-    options.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
-    options.add_argument("--output", help="file that every run is added to")
+    training_options(options)
     args = options.parse_args()
     start(args)
     jobs = [(name, method, json.loads(text), seed, args) for seed in args.seeds for name, method, text in args.run]
-    found: list[dict[str, Any]] = []
-    pool = multiprocessing.get_context("spawn").Pool(args.jobs)
-    for result in pool.imap(_one, jobs):
-        found.append(result)
-        print(json.dumps({key: value for key, value in result.items() if key != "history"}), flush=True)
-        if args.output:
-            with Path(args.output).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**result, "steps": args.steps, "model": args.model, "train": args.train}) + "\n")
-    pool.close()
-    pool.join()
-    columns = [("accuracy", 4), ("trainable", 2), ("jump", 3), ("seconds_per_step", 3), ("checkpoint", 2)]
-    rows = []
-    for name, method, _ in args.run:
-        own = [result for result in found if result["run"] == name]
-        rows.append([name, method, *(spread([result[key] for result in own], digits) for key, digits in columns)])
-    print_table(["run", "method", "accuracy", "trainable %", "jump", "s/step", "checkpoint, MB"], rows)
+    columns = {
+        "accuracy": ("accuracy", 4),
+        "trainable %": ("trainable", 2),
+        "jump": ("jump", 3),
+        "s/step": ("seconds_per_step", 3),
+        "checkpoint, MB": ("checkpoint", 2),
+    }
+    print_spreads(trained(one, jobs, args), [name for name, *_ in args.run], columns)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
-import multiprocessing
 import time
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from common import parser, print_table, spread, start
+from common import parser, print_spreads, start, trained, training_options
 from datasets import load_dataset
 from peft import get_peft_model
 from PIL import Image
@@ -141,16 +138,17 @@ def train(settings: dict[str, Any] | None, seed: int, args: argparse.Namespace) 
     }
 
 
-def _one(job: tuple[str, dict[str, Any] | None, int, argparse.Namespace]) -> dict[str, Any]:
+def one(job: tuple[str, dict[str, Any] | None, int, argparse.Namespace]) -> dict[str, Any]:
+    """What is kept of a run."""
     name, settings, seed, args = job
-    return {"run": name, "settings": settings, "seed": seed, **train(settings, seed, args)}
+    sizes = {key: getattr(args, key) for key in ("images", "steps", "lr", "hidden", "layers", "patch")}
+    return {"run": name, "settings": settings, "seed": seed, **sizes, **train(settings, seed, args)}
 
 
 def main() -> None:
     options = parser(__doc__, repeats=1)
     options.add_argument("--data", required=True, help="parquet file with images and labels")
     options.add_argument("--run", nargs=2, action="append", required=True, metavar=("NAME", "JSON"), help="see above")
-    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--images", type=int, default=8000)
     options.add_argument("--validation", type=int, default=2000)
     options.add_argument("--steps", type=int, default=1000)
@@ -159,29 +157,19 @@ def main() -> None:
     options.add_argument("--hidden", type=int, default=128)
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--patch", type=int, default=4)
-    options.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
-    options.add_argument("--output", help="file that every run is added to")
+    training_options(options)
     args = options.parse_args()
     start(args)
-    jobs = [(name, json.loads(text), seed, args) for seed in args.seeds for name, text in args.run]
     images(args.data, args.images, args.validation)  # so that the cache is there
-    found: list[dict[str, Any]] = []
-    pool = multiprocessing.get_context("spawn").Pool(args.jobs)
-    for result in pool.imap(_one, jobs):
-        found.append(result)
-        print(json.dumps({key: value for key, value in result.items() if key != "settings"}), flush=True)
-        if args.output:
-            with Path(args.output).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**result, "steps": args.steps, "images": args.images, "lr": args.lr}) + "\n")
-    pool.close()
-    pool.join()
-    rows = []
-    for name, _ in args.run:
-        own = [result for result in found if result["run"] == name]
-        columns = [("accuracy", 4), ("trainable_mean", 1), ("trainable_end", 1), ("jump", 3), ("seconds", 0)]
-        rows.append([name, *(spread([result[key] for result in own], digits) for key, digits in columns)])
-        assert all(math.isfinite(result["accuracy"]) for result in own)
-    print_table(["run", "accuracy", "trainable %, mean", "at the end", "jump", "seconds"], rows)
+    jobs = [(name, json.loads(text), seed, args) for seed in args.seeds for name, text in args.run]
+    columns = {
+        "accuracy": ("accuracy", 4),
+        "trainable %, mean": ("trainable_mean", 1),
+        "at the end": ("trainable_end", 1),
+        "jump": ("jump", 3),
+        "seconds": ("seconds", 0),
+    }
+    print_spreads(trained(one, jobs, args), [name for name, _ in args.run], columns)
 
 
 if __name__ == "__main__":

@@ -265,6 +265,6 @@ def test_finetuning_has_a_row_for_every_method(tmp_path):
     runs = [part for name, settings in methods.items() for part in ("--run", name, name, settings)]
     files = ("--model", tmp_path, "--train", tmp_path / "train.tab", "--test", tmp_path / "test.tab")
     (found,) = tables(run("finetuning.py", *files, "--steps", 6, "--seeds", 0, "--length", 8, *runs))
-    assert [row["method"] for row in found] == list(methods)
+    assert [row["run"] for row in found] == list(methods)
     for row in found:
         numbers(row, "accuracy", "trainable %", "jump", "s/step", "checkpoint, MB")
