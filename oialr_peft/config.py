@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from oialr_peft import card
 
 FORMAT_VERSION = 1  # of adapter checkpoints; raised when older releases could no longer read new files
 
-FreezeWhen = Literal["stable", "delay"]
+FreezeWhen = Literal["stable", "settled", "delay"]
 StabilityStorage = Literal["full", "sketch", "bf16", "cpu"]
 Shrink = Literal["physical", "mask"]
 Bias = Literal["none", "all", "oialr_only"]
@@ -28,6 +29,7 @@ CARD_SETTINGS = (
     "freeze_when",
     "delay",
     "stability_threshold",
+    "settle_ratio",
     "update_every",
     "cutoff",
     "layers_per_update",
@@ -67,11 +69,13 @@ class OIALRConfig(PeftConfig):
         pretraining: train from scratch: everything that is not targeted trains and is saved as well, and the base copies
             of the target weights are released.
         init_rank: rank kept when a layer is factored; `None` keeps all k directions.
-        freeze_when: `"stable"` factors each layer once its Stability reaches `stability_threshold`; `"delay"` factors
-            all layers at `delay`, as the paper does.
+        freeze_when: `"stable"` factors each layer once its Stability reaches `stability_threshold`; `"settled"` once its
+            basis is expected to move at most `settle_ratio` times as far as it has moved, whatever the length of the run;
+            `"delay"` factors all layers at `delay`, as the paper does.
         delay: step before which no layer is factored; 0 with `freeze_when="delay"` factors when the adapter is made.
             `None` means 0 with `residual`, otherwise 0.1.
         stability_threshold: Stability, in (0, 1], from which a layer counts as stable.
+        settle_ratio: expected over past movement of a basis, > 0, up to which a layer counts as settled.
         update_every: ν, steps between two checks.
         cutoff: β in [0, 1): directions with σ < β·σ_max are dropped.
         layers_per_update: α in (0, 1]: share of the layers added at each Σ update, from the last one back; 1 = all.
@@ -128,13 +132,17 @@ class OIALRConfig(PeftConfig):
         default=None, metadata={"help": "Rank kept at factorization: count, or fraction of k; None keeps all."}
     )
     freeze_when: str = field(
-        default="stable", metadata={"help": '"stable": per layer, by Stability; "delay": all layers at `delay`.'}
+        default="stable",
+        metadata={"help": '"stable" or "settled": per layer, by its basis; "delay": all layers at `delay`.'},
     )
     delay: int | float | None = field(
         default=None, metadata={"help": "Step before which no layer is factored; None: 0 if residual, else 0.1."}
     )
     stability_threshold: float = field(
         default=0.9, metadata={"help": "Stability, in (0, 1], from which a layer counts as stable."}
+    )
+    settle_ratio: float = field(
+        default=1.0, metadata={"help": "Expected over past movement of a basis up to which a layer counts as settled."}
     )
     update_every: int | float = field(default=0.04, metadata={"help": "Steps between two checks."})
     cutoff: float = field(default=0.1, metadata={"help": "Directions with σ < cutoff·σ_max are dropped."})
@@ -348,6 +356,11 @@ class OIALRConfig(PeftConfig):
             raise ValueError(
                 f"`stability_threshold` must be a number in (0, 1], but is {self.stability_threshold!r}. 0.9 is a "
                 "common start."
+            )
+        if not _is_number(self.settle_ratio) or not 0 < self.settle_ratio < math.inf:
+            raise ValueError(
+                f"`settle_ratio` must be a number > 0, but is {self.settle_ratio!r}. 1 factors a layer when its basis is "
+                "expected to move no further than it has moved."
             )
         if not _is_number(self.cutoff) or not 0 <= self.cutoff < 1:
             raise ValueError(

@@ -49,6 +49,7 @@ from oialr_peft.inputs import RecentInputs
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.model import adapter_layers
 from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, transport_state
+from oialr_peft.movement import Movement
 from oialr_peft.outcome import Outcome, exchanged
 from oialr_peft.schedule import Schedule, rank_of, steps_of
 from oialr_peft.sharding import (
@@ -146,11 +147,14 @@ class OIALRController:
         self._sigma_updates = 0
         self._bases: dict[str, Tensor] = {}
         self._reset_warned = False
+        self._movement = Movement()
         self._recent = None if self.config.max_output_loss is None else RecentInputs(self.layers)
         if self._recent is not None:
             weakref.finalize(self, self._recent.close)
         self._trained = {name: layer.trained_parameter(adapter_name) for name, layer in self.layers.items()}
         self._require_trained_by_optimizer()
+        # its learning rate stands for that of all layers, which schedules move alike
+        self._group = OptimizerSlots(optimizer).group_of(next(iter(self._trained.values())))
         self._device = next(iter(self._trained.values())).device
         self._processes = Processes.of(model, self._device)
         self._sharded = is_sharded(model)
@@ -180,6 +184,7 @@ class OIALRController:
         if isinstance(self.optimizer, AcceleratedOptimizer) and self.optimizer.step_was_skipped:
             return None
         self._steps += 1
+        self._movement.count_step(self.optimizer.param_groups[self._group]["lr"])
         if not self.schedule.is_check(self._steps):
             self._record_before_check()
             return None
@@ -232,6 +237,7 @@ class OIALRController:
         if frozen or len(dense) < len(names):
             self._sigma_updates += 1
         stability = {name: s for name in dense if (s := outcomes[name].stability) is not None}
+        self._movement.count_check(stability)
         ranks = {
             name: (before, self.layers[name].rank(self.adapter_name))
             for name in due
@@ -265,7 +271,7 @@ class OIALRController:
             rotations = {
                 found.name: self._rotation(found)
                 for found in decompositions
-                if found.name not in kept or self._freezes(stability.get(found.name), found.shape)
+                if found.name not in kept or self._freezes(found.name, stability.get(found.name), found.shape)
             }
             ranks = self._ranks_after(rotations, due)
             for name in (found.name for found in decompositions):
@@ -291,11 +297,13 @@ class OIALRController:
         measured = torch.stack(list(values.values())).tolist()
         return kept, {name: min(1.0, max(-1.0, value)) for name, value in zip(values, measured, strict=True)}
 
-    def _freezes(self, measured: float | None, shape: Size) -> bool:
-        if measured is not None:
-            # a sketched value may be too high by chance; two standard deviations are given away
-            measured -= 2 * stability_error(measured, shape, self.config.stability_storage)
-        return self.schedule.freezes(self._steps, measured)
+    def _freezes(self, name: str, measured: float | None, shape: Size) -> bool:
+        if measured is None:
+            return self.schedule.freezes(self._steps, None)
+        outlook = self._movement.outlook(name, measured, self.schedule.total_steps - self._steps)
+        # a sketched value may be too high by chance; two standard deviations are given away
+        measured -= 2 * stability_error(measured, shape, self.config.stability_storage)
+        return self.schedule.freezes(self._steps, measured, outlook)
 
     def _rotation(self, found: Decomposition) -> Rotation:
         """From the trained matrix to its diagonal: U, V of a dense weight, P, Q of a core."""
@@ -438,7 +446,7 @@ class OIALRController:
                 factors = self.layers[name].factors(self.adapter_name)
                 matrix = factors.sigma
             state = slots.state_of(self._trained[name])
-            if factors or self.schedule.freezes(self._steps, 1.0):
+            if factors or self.schedule.may_freeze(self._steps):
                 state = {key: whole(value) if is_moment(value) else value for key, value in state.items()}
             if name in mine:
                 self._whole[name] = _Whole(matrix, factors, state)
@@ -490,6 +498,7 @@ class OIALRController:
             "steps": self._steps,
             "sigma_updates": self._sigma_updates,
             "bases": dict(self._bases),
+            "movement": self._movement.state_dict(),
             "history": [asdict(update) for update in self.history],
         }
 
@@ -511,6 +520,8 @@ class OIALRController:
             )
         self._steps = int(state_dict["steps"])
         self._sigma_updates = int(state_dict["sigma_updates"])
+        if "movement" in state_dict:  # else saved by a release that did not measure it
+            self._movement.load_state_dict(state_dict["movement"])
         self._bases = {
             name: basis if self.config.stability_storage == "cpu" else basis.to(self._trained[name].device)
             for name, basis in state_dict["bases"].items()
@@ -721,7 +732,8 @@ def _schedule_of(config: OIALRConfig, total_steps: int) -> Schedule:
         delay=steps_of(config.delay, total_steps),
         update_every=steps_of(config.update_every, total_steps),
         layers_per_update=config.layers_per_update,
-        threshold=None if config.freeze_when == "delay" else config.stability_threshold,
+        threshold=config.stability_threshold if config.freeze_when == "stable" else None,
+        settle_ratio=config.settle_ratio if config.freeze_when == "settled" else None,
     )
 
 

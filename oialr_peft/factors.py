@@ -261,7 +261,7 @@ def count_needed(energies: Tensor, total: Tensor, largest_loss: float) -> Tensor
     Returns:
         An integer scalar in [0, r] on their device.
 
-    >>> count_needed(torch.tensor([9.0, 0.9, 0.09, 0.01]), torch.tensor(10.0), 0.01)
+    >>> count_needed(torch.tensor([9.0, 0.9, 0.09, 0.01]), torch.tensor(10.0), 0.02)
     tensor(2)
     """
     lost = energies.flip(0).cumsum(0).flip(0)  # by keeping only the directions before

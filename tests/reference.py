@@ -26,6 +26,7 @@ class Settings:
     init_rank: int | None = None
     residual: bool = False
     max_output_loss: float | None = None
+    settle_ratio: float = 1.0
 
 
 class SGD:
@@ -67,6 +68,7 @@ class Layer:
     vh: np.ndarray | None = None
     basis: np.ndarray | None = None  # at the previous check
     inputs: np.ndarray | None = None  # (batch, n) in the last training step
+    travelled: float = 0.0
     state: dict = field(default_factory=dict)  # of the optimizer
 
     def weight(self, residual):
@@ -146,7 +148,10 @@ class Reference:
             if layer.basis is not None:
                 stability[i] = float(np.sum(basis * layer.basis) / min(basis.shape))
             layer.basis = basis
-            stable = s.freeze_when == "delay" or stability.get(i, -2.0) >= s.stability_threshold
+            if s.freeze_when == "settled":
+                stable = i in stability and self.outlook(layer, stability[i]) <= s.settle_ratio
+            else:
+                stable = s.freeze_when == "delay" or stability.get(i, -2.0) >= s.stability_threshold
             if self.steps >= s.delay and stable:
                 self.factor(layer, layer.dense)
                 frozen.append(i)
@@ -158,6 +163,13 @@ class Reference:
                 if self.layers[i].dense is None:
                     ranks[i] = self.rotate_and_cut(self.layers[i])
         self.history.append((self.steps, stability, frozen, ranks))
+
+    def outlook(self, layer, stability):
+        """Movement to come over movement so far; the learning rate is constant here, and taken to fall to zero."""
+        s, distance = self.settings, math.sqrt(2 * (1 - stability))
+        layer.travelled += distance
+        intervals_left = (s.total_steps - self.steps) / s.update_every
+        return distance * intervals_left / 2 / layer.travelled
 
     def rotate_and_cut(self, layer):
         s = self.settings

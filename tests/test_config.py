@@ -31,6 +31,7 @@ BAD_VALUES = {
     "freeze_when": ["never", None, "Stable", 1],
     "delay": [-1, 1.0, 0.0, 1.5, -0.5, math.nan, "10", True],
     "stability_threshold": [0, 0.0, -0.1, 1.01, math.nan, None, "0.9", True],
+    "settle_ratio": [0, -1, math.inf, math.nan, None, "1", True],
     "update_every": [0, -1, 0.0, 1.0, 2.5, math.nan, None, "10", True],
     "cutoff": [1, 1.0, -0.1, math.nan, None, "0.1", False],
     "layers_per_update": [0, 0.0, 1.1, math.nan, None, "1", True],

@@ -77,6 +77,7 @@ OPTIMIZERS = {
 RULES = {
     "stable": {"freeze_when": "stable", "delay": 20, "stability_threshold": 0.985, "cutoff": 0.2},
     "delay": {"freeze_when": "delay", "delay": 25, "cutoff": 0.2},
+    "settled": {"freeze_when": "settled", "delay": 20, "settle_ratio": 0.4, "cutoff": 0.2},
     "delay, last layers first": {"freeze_when": "delay", "delay": 10, "cutoff": 0.2, "layers_per_update": 0.1},
     "factored at creation": {"freeze_when": "delay", "delay": 0, "cutoff": 0.2, "init_rank": 3},
     "harsh cutoff": {"freeze_when": "delay", "delay": 10, "cutoff": 0.9, "max_rank_drop": 0.3, "min_rank": 2},

@@ -154,6 +154,8 @@ def random_schedule(seed: int) -> tuple[dict, dict]:
         },
     }
     settings["max_output_loss"] = draw.choice([None, None, 0.0, 0.05])
+    if draw.random() < 0.25:
+        settings["freeze_when"] = "settled"
     return settings, options
 
 
