@@ -3,7 +3,7 @@
 One forward and backward of an inner layer (the input needs a gradient), as a ratio to the convolution with a trained weight:
 
 chain    three convolutions: the filters Vᵀ, then Σ and U with kernel size 1
-built    W = U Σ Vᵀ multiplied, then one convolution, autograd through both
+built    W = U Σ Vᵀ multiplied, then one convolution; the gradient of Σ from that of W
 floor    multiply-adds of the chain over those of the dense convolution
 
 "agrees" says whether the way that the layer takes is the faster one, or within 5 % of it.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from oialr_peft.factors import Factors, factorize
 from oialr_peft.matricization import Convolution
-from oialr_peft.ops import chain_cost
+from oialr_peft.ops import build, chain_cost
 
 SHAPES = "64x64x3@56,256x64x1@56,256x256x3@14,512x512x3@7"  # of a ResNet-50: out × in × kernel @ image size
 RATIOS = "0.0625,0.25,0.5,1"
@@ -47,7 +47,7 @@ def rows_of(shape: str, ratios: list[float], batch: int, repeats: int, made: dic
         calls = {
             "dense": lambda: step(module(x), module.weight),
             "chain": lambda factors=factors, sigma=sigma: step(form.chain(x, factors, None), sigma),
-            "built": lambda factors=factors, sigma=sigma: step(form.built(x, factors, x, None), sigma),
+            "built": lambda factors=factors, sigma=sigma: step(form.built(x, factors, build(factors), None), sigma),
         }
         times = interleaved(calls, repeats, x.device)
         ways = {way: times.ratio(way, "dense") for way in ("chain", "built")}

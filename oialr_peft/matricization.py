@@ -26,7 +26,7 @@ from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.factors import Factors
-from oialr_peft.ops import Route, built_linear, chain_cost, cheapest_route, factored_linear, folded_linear
+from oialr_peft.ops import Route, built_linear, built_weight, chain_cost, cheapest_route, factored_linear, folded_linear
 
 LinearModule = nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d
 LINEAR_MODULES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -214,8 +214,8 @@ class Convolution(Matricization):
         return self.mix(self.mix(self.apply(x, factors.vh), factors.sigma), factors.u, bias)
 
     def built(self, x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """One convolution; autograd leads from the gradient of the weight to that of Σ."""
-        return self.apply(x, factors.u @ factors.sigma @ factors.vh, bias)
+        """One convolution; the gradient of the weight leads to that of Σ."""
+        return self.apply(x, built_weight(factors, weight), bias)
 
     def empty(self, *, bias: bool) -> LinearModule:
         """A module of this kind on the meta device, for its weight to be set."""

@@ -161,6 +161,40 @@ def built_linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | Non
     return _BuiltLinear.apply(x, factors.sigma, weight, factors.u, factors.vh, bias)
 
 
+def built_weight(factors: Factors, weight: Tensor) -> Tensor:
+    """A weight that was built before, with the gradient of Σ as the product ``U Σ Vᵀ`` would give it.
+
+    Args:
+        factors: u (m, r), sigma (r, r), vh (r, n); u and vh frozen.
+        weight: (m, n), ``build(factors)``.
+
+    Returns:
+        (m, n), the same numbers. Differentiable once, with respect to sigma.
+    """
+    return _BuiltWeight.apply(factors.sigma, weight, factors.u, factors.vh)
+
+
+def _core_gradient(u: Tensor, of_weight: Tensor, vh: Tensor) -> Tensor:
+    """Gradient ``Uᵀ G V`` of Σ for an (m, n) gradient G of W, multiplied in the cheaper order."""
+    m, n = of_weight.shape
+    return u.mT @ (of_weight @ vh.mT) if m <= n else (u.mT @ of_weight) @ vh.mT
+
+
+class _BuiltWeight(torch.autograd.Function):
+    """See `built_weight`."""
+
+    @staticmethod
+    def forward(ctx: Any, sigma: Tensor, weight: Tensor, u: Tensor, vh: Tensor) -> Tensor:
+        ctx.save_for_backward(u, vh)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, vh = ctx.saved_tensors
+        return _core_gradient(u, grad, vh), None, None, None
+
+
 class _FoldedLinear(torch.autograd.Function):
     """See `folded_linear`; of the folded pair, one is U or Vᵀ itself."""
 
@@ -223,11 +257,6 @@ class _BuiltLinear(torch.autograd.Function):
         grad_sigma = None
         if ctx.needs_input_grad[1]:
             inputs = saved.reshape(-1, saved.shape[-1])
-            if ctx.from_narrow:
-                grad_sigma = (rows @ u).mT @ inputs
-            else:
-                of_weight = rows.mT @ inputs
-                m, n = of_weight.shape
-                grad_sigma = u.mT @ (of_weight @ vh.mT) if m <= n else (u.mT @ of_weight) @ vh.mT
+            grad_sigma = (rows @ u).mT @ inputs if ctx.from_narrow else _core_gradient(u, rows.mT @ inputs, vh)
         grad_bias = rows.sum(0) if ctx.needs_input_grad[5] else None
         return grad_x, grad_sigma, None, None, None, grad_bias
