@@ -125,6 +125,15 @@ def training_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", help="file that every run is added to")
 
 
+def checked(controller: Any, step: int, probe: Callable[[], float]) -> tuple[Any, float, float]:
+    """Let the controller count a step: its update if that was a check, the rise of the probe's loss, and the seconds."""
+    before = probe() if controller.schedule.is_check(step) else 0.0
+    started = time.perf_counter()
+    update = controller.step()
+    seconds = time.perf_counter() - started
+    return update, 0.0 if update is None else probe() / before - 1, seconds
+
+
 def trained(
     run: Callable[[Any], dict[str, Any]], jobs: Sequence[Any], args: argparse.Namespace
 ) -> list[dict[str, Any]]:

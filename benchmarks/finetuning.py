@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, print_spreads, start, trained, training_options
+from common import checked, parser, print_spreads, start, trained, training_options
 from peft import TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
@@ -134,13 +134,9 @@ def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Names
         optimizer.zero_grad()
         seconds += time.perf_counter() - started
         if controller is not None:
-            is_check = controller.schedule.is_check(step)
-            before = probe() if is_check else 0.0
-            started = time.perf_counter()
-            update = controller.step()
-            seconds += time.perf_counter() - started
-            if update is not None:
-                jumps.append(probe() / before - 1)
+            _, jump, took = checked(controller, step, probe)
+            seconds += took
+            jumps.append(jump)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         size = sum(file.stat().st_size for file in Path(directory).rglob("*.safetensors"))

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import parser, print_spreads, start, trained, training_options
+from common import checked, parser, print_spreads, start, trained, training_options
 from datasets import load_dataset
 from peft import get_peft_model
 from PIL import Image
@@ -115,14 +115,11 @@ def train(settings: dict[str, Any] | None, seed: int, args: argparse.Namespace) 
         optimizer.zero_grad()
         seconds += time.perf_counter() - started
         if controller is not None:
-            is_check = controller.schedule.is_check(step)
-            before = probe() if is_check else 0.0
-            started = time.perf_counter()
-            update = controller.step()
-            seconds += time.perf_counter() - started
+            update, jump, took = checked(controller, step, probe)
+            seconds += took
             if update is not None:
                 percent = update.trainable_percent
-                jumps.append(probe() / before - 1)
+                jumps.append(jump)
         trainable.append(percent)
         if step % max(1, args.steps // 10) == 0:
             curve.append(round(accuracy(model, *validation), 4))

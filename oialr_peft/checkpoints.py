@@ -13,7 +13,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-PARTS = ("u", "sigma", "vh")
+from oialr_peft.factors import Factors
+
+PARTS = Factors._fields
 _ADAPTER_PREFIX = "base_model.model."
 _FLOATING = {"F16", "BF16", "F32", "F64"}
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr_peft.basis import kept_of, kept_shape, stability_error, stability_of_kept
@@ -148,7 +148,7 @@ class OIALRController:
         self._bases: dict[str, Tensor] = {}
         self._reset_warned = False
         self._movement = Movement()
-        self._recent = None if self.config.max_output_loss is None else RecentInputs(self.layers)
+        self._recent = None if self.config.max_output_loss is None else RecentInputs(self.layers.values())
         if self._recent is not None:
             weakref.finalize(self, self._recent.close)
         self._trained = {name: layer.trained_parameter(adapter_name) for name, layer in self.layers.items()}
@@ -266,12 +266,13 @@ class OIALRController:
 
     def _found_here(self, names: list[str], due: set[str], slots: OptimizerSlots) -> Iterator[Outcome]:
         """The outcomes of these layers, computed by this process; the host waits twice per batch of decompositions."""
+        intervals_left = self._movement.intervals_left(self.schedule.total_steps - self._steps)
         for decompositions in decompose([(name, self._matrix(name)) for name in names]):
             kept, stability = self._compared(decompositions)
             rotations = {
                 found.name: self._rotation(found)
                 for found in decompositions
-                if found.name not in kept or self._freezes(found.name, stability.get(found.name), found.shape)
+                if found.name not in kept or self._freezes(found, stability.get(found.name), intervals_left)
             }
             ranks = self._ranks_after(rotations, due)
             for name in (found.name for found in decompositions):
@@ -297,12 +298,12 @@ class OIALRController:
         measured = torch.stack(list(values.values())).tolist()
         return kept, {name: min(1.0, max(-1.0, value)) for name, value in zip(values, measured, strict=True)}
 
-    def _freezes(self, name: str, measured: float | None, shape: Size) -> bool:
+    def _freezes(self, found: Decomposition, measured: float | None, intervals_left: float) -> bool:
         if measured is None:
             return self.schedule.freezes(self._steps, None)
-        outlook = self._movement.outlook(name, measured, self.schedule.total_steps - self._steps)
+        outlook = self._movement.outlook(found.name, measured, intervals_left)
         # a sketched value may be too high by chance; two standard deviations are given away
-        measured -= 2 * stability_error(measured, shape, self.config.stability_storage)
+        measured -= 2 * stability_error(measured, found.shape, self.config.stability_storage)
         return self.schedule.freezes(self._steps, measured, outlook)
 
     def _rotation(self, found: Decomposition) -> Rotation:
@@ -345,13 +346,17 @@ class OIALRController:
         """Mean energy σᵢ² (vᵢᵀ x)² of each direction on the sample, and that of the whole layer without its bias."""
         layer = self.layers[name]
         form, sigma = layer.form, rotation.singular_values
-        vh = rotation.q.mT if self._is_dense(name) else rotation.q.mT @ self._factors(name).vh.to(rotation.q.dtype)
-        energies = sigma**2 * form.rows(form.apply(sample, vh)).square().mean(0)
+        if self._is_dense(name):
+            narrow = form.rows(form.apply(sample, rotation.q.mT))
+            energies = sigma**2 * narrow.square().mean(0)
+            return energies, energies.sum()
+        factors = Factors(*(factor.to(sample.dtype) for factor in self._factors(name)))
+        narrow = form.rows(form.apply(sample, factors.vh)) @ rotation.q
+        energies = sigma**2 * narrow.square().mean(0)
         if not layer.residual[self.adapter_name] or self._sharded:
             return energies, energies.sum()
-        u = self._factors(name).u.to(rotation.p.dtype) @ rotation.p
-        output = form.rows(layer.base_output(sample)) + form.rows(form.apply(sample, (u * sigma) @ vh))
-        return energies, output.square().mean(0).sum()
+        output = layer.base_output(sample) + form.chain(sample, factors, None)
+        return energies, form.rows(output).square().mean(0).sum()
 
     def _changed(self, name: str, rotation: Rotation, due: bool, slots: OptimizerSlots) -> Outcome:
         """New factors and optimizer state of a layer whose trained matrix becomes the diagonal of `rotation`."""

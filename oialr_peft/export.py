@@ -33,9 +33,10 @@ from transformers.pytorch_utils import Conv1D
 from oialr_peft import hub
 from oialr_peft.attention import SplitAttention
 from oialr_peft.config import OIALRConfig
+from oialr_peft.factors import first_not_finite
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.low_rank import LowRankConfig, LowRankLinear, LowRankQuantizer, join_attention, replace_by_low_rank
-from oialr_peft.matricization import Convolution
+from oialr_peft.model import active_adapter
 
 
 def save_low_rank(
@@ -141,8 +142,7 @@ def save_dense(
     inputs = _example_inputs(base) if example_inputs is None else dict(example_inputs)
     stored = _state_of(base, adapter_name, dense=True)
     config = copy.deepcopy(base.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     dense = _filled(base, config, stored)
     join_attention(dense)
     dense.save_pretrained(directory, **kwargs)
@@ -234,12 +234,10 @@ def save_lora(model: nn.Module, directory: str | os.PathLike[str], *, adapter_na
 
 
 def _require_lora_equivalent(name: str, layer: OIALRLinear, model: nn.Module) -> None:
-    base = layer.get_base_layer()
     in_attention = isinstance(model.get_submodule(f"base_model.model.{name}".rpartition(".")[0]), SplitAttention)
-    special = isinstance(layer.form, Convolution) and (
-        cast(Any, base).padding_mode != "zeros" or set(cast(Any, base).dilation) != {1}
-    )
-    if in_attention or special:
+    settings = layer.form.settings
+    plain = settings.get("padding_mode", "zeros") == "zeros" and set(settings.get("dilation", ())) <= {1}
+    if in_attention or not plain:
         raise ValueError(
             f"`{name}` has no counterpart among PEFT's LoRA layers, which know neither single projections of "
             "nn.MultiheadAttention nor convolutions with dilation or a padding mode. Use `save_dense`."
@@ -265,12 +263,12 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _layers_of(model: nn.Module, adapter_name: str | None) -> dict[str, OIALRLinear]:
+def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, OIALRLinear]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, OIALRLinear)}
     if not layers:
         raise ValueError("The model has no OIALR adapter, so there is nothing low-rank to save. Use `save_pretrained`.")
     for key, layer in layers.items():
-        if adapter_name is not None and not layer.has_adapter(adapter_name):
+        if not layer.has_adapter(adapter_name):
             raise ValueError(
                 f"`{key}` has no adapter `{adapter_name}`. Pass the `adapter_name` of one that covers every layer."
             )
@@ -279,18 +277,17 @@ def _layers_of(model: nn.Module, adapter_name: str | None) -> dict[str, OIALRLin
 
 def _state_of(base: PreTrainedModel, adapter_name: str | None, *, dense: bool) -> _Stored:
     """The state of the base model under its own names, with factors or merged weights in the place of adapted ones."""
+    name, layers = "", {}
     if not (dense and any(isinstance(module, LowRankLinear) for module in base.modules())):
-        layers = _layers_of(base, adapter_name)
-        adapter_name = adapter_name or next(iter(layers.values())).active_adapters[0]
-    name = adapter_name or ""
+        name = adapter_name or active_adapter(base) or ""
+        layers = _layers_of(base, name)
     state = base.state_dict()
-    ranks: dict[str, int] = {}
     replaced: set[str] = set()
     ours: dict[str, Tensor] = {}
     for key, module in base.named_modules():
         if isinstance(module, OIALRLinear):
             replaced.add(key)
-            ours |= _of_layer(key, module, name, ranks, dense=dense)
+            ours |= _of_layer(key, module, name, dense=dense)
         elif isinstance(module, LowRankLinear) and dense:
             replaced.add(key)
             ours |= {f"{key}.{part}": value.detach() for part, value in module.to_dense().named_parameters()}
@@ -308,12 +305,11 @@ def _state_of(base: PreTrainedModel, adapter_name: str | None, *, dense: bool) -
     state = {key: value for key, value in state.items() if not _is_key_under_prefixes(key, replaced)} | ours
     _require_finite(state)
     attention = [key for key, module in base.named_modules() if isinstance(module, SplitAttention)]
+    ranks = {key: layer.rank(name) for key, layer in layers.items() if not dense and not layer.is_dense(name)}
     return _Stored(state, ranks, attention)
 
 
-def _of_layer(key: str, layer: OIALRLinear, name: str, ranks: dict[str, int], *, dense: bool) -> dict[str, Tensor]:
-    if not layer.has_adapter(name):
-        raise ValueError(f"`{key}` has no adapter `{name}`. Pass the `adapter_name` of one that covers every layer.")
+def _of_layer(key: str, layer: OIALRLinear, name: str, *, dense: bool) -> dict[str, Tensor]:
     nested = isinstance(layer.base_layer, BaseTunerLayer)
     if layer.merged or nested or (layer.residual[name] and not dense):
         raise ValueError(
@@ -326,14 +322,13 @@ def _of_layer(key: str, layer: OIALRLinear, name: str, ranks: dict[str, int], *,
         return stored | {f"{key}.weight": layer.merged_weight([name])}
     if layer.is_dense(name):
         return stored | {f"{key}.weight": layer.form.stored(layer.oialr_weight[name].detach()).contiguous()}
-    ranks[key] = layer.rank(name)
     return stored | {f"{key}.{part}": factor for part, factor in layer.factors(name)._asdict().items()}
 
 
 def _require_finite(state: Mapping[str, Tensor]) -> None:
-    for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"`{name}` holds NaN or Inf, so nothing is written. Go back to an earlier checkpoint.")
+    name = first_not_finite({name: value for name, value in state.items() if value.is_floating_point()})
+    if name is not None:
+        raise ValueError(f"`{name}` holds NaN or Inf, so nothing is written. Go back to an earlier checkpoint.")
 
 
 def _filled(base: PreTrainedModel, config: PreTrainedConfig, stored: _Stored) -> PreTrainedModel:

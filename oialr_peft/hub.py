@@ -16,8 +16,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from oialr_peft import card
 from oialr_peft.config import OIALRConfig
-from oialr_peft.layer import OIALRLinear
-from oialr_peft.model import saved_model
+from oialr_peft.model import active_adapter, saved_model
 
 
 def prepared_repository(
@@ -57,8 +56,7 @@ def write_low_rank_card(
         adapter_name: of it; `None` means the active one.
         repo_id: the repository that the directory goes to; `None` names the directory instead.
     """
-    layers = (module for module in base.modules() if isinstance(module, OIALRLinear))
-    name = adapter_name or next(layers).active_adapters[0]
+    name = adapter_name or cast(str, active_adapter(base))
     config = cast(OIALRConfig, base.peft_config[name])
     saved = saved_model(base, name)
     title = (repo_id or str(Path(directory).resolve())).rpartition("/")[2]

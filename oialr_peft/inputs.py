@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from oialr_peft.layer import OIALRLinear
 
@@ -19,24 +18,21 @@ class RecentInputs:
     Forward hooks, made once, so that `torch.compile` traces them; outside the steps before a check they do nothing.
 
     Args:
-        layers: by name.
+        layers: to watch.
 
     Attributes:
         recording: whether the next forward pass is recorded.
         samples: by name of the layer, inputs that give at least `POSITIONS` output positions, if there were as many.
     """
 
-    def __init__(self, layers: Mapping[str, OIALRLinear]) -> None:
+    def __init__(self, layers: Iterable[OIALRLinear]) -> None:
         self.recording = False
         self.samples: dict[str, Tensor] = {}
-        self._hooks = [
-            layer.register_forward_pre_hook(partial(self._record, name, layer.form.sample))
-            for name, layer in layers.items()
-        ]
+        self._hooks = [layer.register_forward_pre_hook(self._record) for layer in layers]
 
-    def _record(self, name: str, sample: Any, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if self.recording and module.training:
-            self.samples[name] = sample(arguments[0].detach(), POSITIONS)
+    def _record(self, layer: OIALRLinear, arguments: tuple[Any, ...]) -> None:
+        if self.recording and layer.training:
+            self.samples[layer.name] = layer.form.sample(arguments[0].detach(), POSITIONS)
 
     def forget(self) -> None:
         """Free what was recorded."""

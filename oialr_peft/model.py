@@ -29,7 +29,7 @@ from oialr_peft.attention import ATTENTION, SplitAttention, avoid_fast_path, pro
 from oialr_peft.card import SavedLayer, SavedModel
 from oialr_peft.checkpoints import adapter_file, check_adapter_file
 from oialr_peft.config import OIALRConfig
-from oialr_peft.factors import Factors, compute_dtype, factorize_all
+from oialr_peft.factors import Factors, factorize_all
 from oialr_peft.layer import OIALRLinear, initial_rank, parameters_become_meta, supported_module
 from oialr_peft.matricization import Matricization, matricization_of
 from oialr_peft.quantization import is_quantized
@@ -45,6 +45,12 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
         for module in model.modules()
         if isinstance(module, OIALRLinear) and module.has_adapter(adapter_name)
     }
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The adapter that is active in the first layer with one; `None` without any."""
+    layers = (module for module in model.modules() if isinstance(module, OIALRLinear))
+    return next((layer.active_adapters[0] for layer in layers if layer.active_adapters), None)
 
 
 def saved_model(model: nn.Module, adapter_name: str = "default") -> SavedModel:
@@ -218,8 +224,8 @@ class OIALRModel(BaseTuner):
         layers = list(adapter_layers(self.model, adapter_name).values())
         watched = [layer.trained_parameter(adapter_name) for layer in layers[:1]]
         for layer in layers:
-            base = torch.empty(0, dtype=layer.base_dtype, device="meta")
-            layer.cast_adapter(adapter_name, compute_dtype(base) if autocast_adapter_dtype else base.dtype)
+            exact = torch.promote_types(layer.base_dtype, torch.float32)
+            layer.cast_adapter(adapter_name, exact if autocast_adapter_dtype else layer.base_dtype)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if layers and layers[0].trained_parameter(adapter_name) is not watched[0]:
             _MissingControllerWatch.attach(self.model, adapter_name, self.peft_config[adapter_name])

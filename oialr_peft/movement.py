@@ -44,14 +44,15 @@ class Movement:
         self._rate = rate
         self.spent = self.spent + rate
 
-    def outlook(self, name: str, stability: float, steps_left: int) -> float:
+    def intervals_left(self, steps_left: int) -> float:
+        """Learning rate that is left over that spent since the last check; 0 when none was. Waits for the device once."""
+        spent = float(self.spent)
+        return float(self._rate) * steps_left / 2 / spent if spent else 0.0
+
+    def outlook(self, name: str, stability: float, intervals_left: float) -> float:
         """Movement still to be expected of a layer, as a share of what it has moved; 0 when nothing moves."""
         distance = basis_distance(stability)
-        spent = float(self.spent)
-        if distance == 0 or spent == 0:
-            return 0.0
-        expected = distance * (float(self._rate) * steps_left / 2) / spent
-        return expected / (self.travelled.get(name, 0.0) + distance)
+        return distance * intervals_left / (self.travelled.get(name, 0.0) + distance) if distance else 0.0
 
     def count_check(self, stability: dict[str, float]) -> None:
         """Add the distances that a check measured, and begin a new interval."""

@@ -29,7 +29,7 @@ from oialr_peft.checkpoints import check_adapter_directory
 from oialr_peft.config import OIALRConfig
 from oialr_peft.controller import OIALRController
 from oialr_peft.layer import OIALRLinear
-from oialr_peft.model import saved_model
+from oialr_peft.model import active_adapter, saved_model
 
 STATE_NAME = "oialr_state.safetensors"
 
@@ -325,13 +325,13 @@ def _fill_reference_adapter(model: Any, args: TrainingArguments) -> None:
 
 
 def _active_adapter(model: torch.nn.Module) -> str:
-    for module in model.modules():
-        if isinstance(module, OIALRLinear) and module.active_adapters:
-            return module.active_adapters[0]
-    raise ValueError(
-        "The model has no OIALR adapter, so there is nothing to train this way. Make one with "
-        "get_peft_model(model, OIALRConfig()) before the Trainer."
-    )
+    name = active_adapter(model)
+    if name is None:
+        raise ValueError(
+            "The model has no OIALR adapter, so there is nothing to train this way. Make one with "
+            "get_peft_model(model, OIALRConfig()) before the Trainer."
+        )
+    return name
 
 
 def _saved_adapters(model: torch.nn.Module, checkpoint: str) -> Iterator[tuple[list[OIALRLinear], Path]]:

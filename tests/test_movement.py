@@ -32,7 +32,7 @@ def outlooks(checks: int, interval: int, rate: float, moved_per_rate: float) -> 
             movement.count_step(now)
             spent += now
         s = 1 - (moved_per_rate * spent) ** 2 / 2
-        found.append(movement.outlook("layer", s, steps - check * interval))
+        found.append(movement.outlook("layer", s, movement.intervals_left(steps - check * interval)))
         movement.count_check({"layer": s})
     return found
 
@@ -57,9 +57,9 @@ def test_the_outlook_is_what_the_basis_then_moves():
 
 def test_nothing_is_expected_where_nothing_moves():
     movement = Movement()
-    assert movement.outlook("layer", 0.5, 100) == 0.0  # no learning rate was spent
+    assert movement.outlook("layer", 0.5, movement.intervals_left(100)) == 0.0  # no learning rate was spent
     movement.count_step(0.1)
-    assert movement.outlook("layer", 1.0, 100) == 0.0
+    assert movement.outlook("layer", 1.0, movement.intervals_left(100)) == 0.0
 
 
 def run(steps: int, **settings):
