@@ -1,9 +1,10 @@
-"""Images from scratch: dense training against OIALR with the same budget, on CIFAR-10.
+r"""Images from scratch: dense training against OIALR with the same budget, on CIFAR-10.
 
-    python benchmarks/pretraining.py --data cifar10-train.parquet --run dense '{}' --run stable '{"cutoff": 0.35}'
+    python benchmarks/pretraining.py --data cifar10-train.parquet \
+        --run dense dense '{"lr": 0.002}' --run stable oialr '{"cutoff": 0.35}'
 
-Each `--run` is a name and the settings of `OIALRConfig` as JSON, or `null` for dense training; each is trained with every seed
-of `--seeds`. The model is a vision transformer, AdamW with a linear warm-up and a cosine decay; validation images are split off
+Each `--run` is a name, a method (`dense` or `oialr`) and the settings of `OIALRConfig` as JSON; "lr" among them is the learning
+rate. Each is trained with every seed of `--seeds`. The model is a vision transformer, AdamW with a linear warm-up and a cosine decay; validation images are split off
 the training file. Printed are means and standard deviations over seeds:
 
 accuracy      of the last evaluation
@@ -83,19 +84,21 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return correct / len(y)
 
 
-def train(settings: dict[str, Any] | None, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One run, and what is reported of it."""
+    settings = dict(settings)
+    lr = settings.pop("lr", args.lr)
     torch.set_num_threads(args.threads or 1)
     torch.manual_seed(seed)
     (x, y), validation = images(args.data, args.images, args.validation)
     model: Any = vit(args)
-    if settings is not None:
+    if method == "oialr":
         model = get_peft_model(model, OIALRConfig(pretraining=True, **settings))
     model.train()
     total = sum(p.numel() for p in model.parameters())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.05)
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
-    controller = None if settings is None else OIALRController(model, optimizer, total_steps=args.steps)
+    controller = OIALRController(model, optimizer, total_steps=args.steps) if method == "oialr" else None
     generator = torch.Generator().manual_seed(seed)
     loss_of = nn.CrossEntropyLoss()
 
@@ -135,17 +138,20 @@ def train(settings: dict[str, Any] | None, seed: int, args: argparse.Namespace) 
     }
 
 
-def one(job: tuple[str, dict[str, Any] | None, int, argparse.Namespace]) -> dict[str, Any]:
+def one(job: tuple[str, str, dict[str, Any], int, argparse.Namespace]) -> dict[str, Any]:
     """What is kept of a run."""
-    name, settings, seed, args = job
+    name, method, settings, seed, args = job
     sizes = {key: getattr(args, key) for key in ("images", "steps", "lr", "hidden", "layers", "patch")}
-    return {"run": name, "settings": settings, "seed": seed, **sizes, **train(settings, seed, args)}
+    described = {"method": method, "settings": settings, "seed": seed, **sizes}
+    return {"run": name, **described, **train(method, settings, seed, args)}
 
 
 def main() -> None:
     options = parser(__doc__, repeats=1)
     options.add_argument("--data", required=True, help="parquet file with images and labels")
-    options.add_argument("--run", nargs=2, action="append", required=True, metavar=("NAME", "JSON"), help="see above")
+    options.add_argument(
+        "--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"), help="see above"
+    )
     options.add_argument("--images", type=int, default=8000)
     options.add_argument("--validation", type=int, default=2000)
     options.add_argument("--steps", type=int, default=1000)
@@ -158,7 +164,7 @@ def main() -> None:
     args = options.parse_args()
     start(args)
     images(args.data, args.images, args.validation)  # so that the cache is there
-    jobs = [(name, json.loads(text), seed, args) for seed in args.seeds for name, text in args.run]
+    jobs = [(name, method, json.loads(text), seed, args) for seed in args.seeds for name, method, text in args.run]
     columns = {
         "accuracy": ("accuracy", 4),
         "trainable %, mean": ("trainable_mean", 1),
@@ -166,7 +172,7 @@ def main() -> None:
         "jump": ("jump", 3),
         "seconds": ("seconds", 0),
     }
-    print_spreads(trained(one, jobs, args), [name for name, _ in args.run], columns)
+    print_spreads(trained(one, jobs, args), [name for name, *_ in args.run], columns)
 
 
 if __name__ == "__main__":

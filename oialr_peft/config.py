@@ -35,6 +35,7 @@ CARD_SETTINGS = (
     "layers_per_update",
     "max_rank_drop",
     "min_rank",
+    "sigma_lr_scale",
 )
 
 DEFAULT_DELAY = 0.1  # of all steps; not yet the result of a measurement (docs/differences.md)
@@ -82,6 +83,9 @@ class OIALRConfig(PeftConfig):
         max_output_loss: largest share of a layer's output energy on recent inputs, in [0, 1), that one Σ update may
             remove; `None` applies the paper's rule alone.
         max_rank_drop: largest share of a rank lost in one update, in (0, 1].
+        sigma_lr_scale: learning rate of Σ (r, r) over that of its parameter group, > 0; `"norm"` is √(m n) / r, with which
+            an update of a factored weight is as long as that of the dense one, for optimizers that scale every entry on
+            its own (Adam and its relatives), and 1 for SGD and Muon.
         min_rank: floor of the rank.
         stability_storage: what is kept of the last basis: `"sketch"` (its product with 32 random ±1 columns; Stability
             is then off by about .002, which the decision to freeze allows for), `"bf16"`, `"cpu"`, or `"full"` (exact).
@@ -155,6 +159,9 @@ class OIALRConfig(PeftConfig):
     )
     max_rank_drop: float = field(default=0.5, metadata={"help": "Largest share of a rank lost in one update."})
     min_rank: int | float = field(default=0.01, metadata={"help": "Floor of the rank: count, or fraction of k."})
+    sigma_lr_scale: float | str = field(
+        default="norm", metadata={"help": 'Learning rate of Σ over that of its group, or "norm": √(m n) / r.'}
+    )
     stability_storage: str = field(
         default="sketch", metadata={"help": 'What is kept of the last basis: "sketch", "bf16", "cpu" or "full".'}
     )
@@ -376,6 +383,12 @@ class OIALRConfig(PeftConfig):
             raise ValueError(
                 f"`max_rank_drop` must be a number in (0, 1], but is {self.max_rank_drop!r}. 0.5 at most halves a "
                 "rank per update; set `cutoff=0` to drop nothing."
+            )
+        scale = self.sigma_lr_scale
+        if not (scale == "norm" or (_is_number(scale) and 0 < cast(float, scale) < math.inf)):
+            raise ValueError(
+                f'`sigma_lr_scale` must be a number > 0 or "norm", but is {scale!r}. 1 gives Σ the learning rate of its '
+                "parameter group."
             )
         if self.max_output_loss is not None and not (
             _is_number(self.max_output_loss) and 0 <= self.max_output_loss < 1

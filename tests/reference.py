@@ -27,24 +27,29 @@ class Settings:
     residual: bool = False
     max_output_loss: float | None = None
     settle_ratio: float = 1.0
+    sigma_lr_scale: float | str = "norm"
 
 
 class SGD:
+    scales_entries = False
+
     def __init__(self, lr, momentum, weight_decay):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
 
-    def step(self, x, gradient, state):
-        gradient = gradient + self.weight_decay * x
+    def step(self, x, gradient, state, scale=1.0):
+        gradient = gradient + self.weight_decay / scale * x
         state["first"] = self.momentum * state["first"] + gradient if "first" in state else gradient
-        return x - self.lr * state["first"]
+        return x - self.lr * scale * state["first"]
 
 
 class AdamW:
+    scales_entries = True
+
     def __init__(self, lr, weight_decay, amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8):
         self.lr, self.weight_decay, self.amsgrad = lr, weight_decay, amsgrad
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
 
-    def step(self, x, gradient, state):
+    def step(self, x, gradient, state, scale=1.0):
         if not state:
             state.update(step=0, first=np.zeros_like(x), second=np.zeros_like(x), second_max=np.zeros_like(x))
         state["step"] += 1
@@ -55,7 +60,7 @@ class AdamW:
         second = state["second_max"] if self.amsgrad else state["second"]
         first_unbiased = state["first"] / (1 - self.beta1 ** state["step"])
         second_unbiased = second / (1 - self.beta2 ** state["step"])
-        return x - self.lr * first_unbiased / (np.sqrt(second_unbiased) + self.eps)
+        return x - self.lr * scale * first_unbiased / (np.sqrt(second_unbiased) + self.eps)
 
 
 @dataclass
@@ -125,10 +130,17 @@ class Reference:
                 layer.dense = self.optimizer.step(layer.dense, gradient, layer.state)
             else:
                 core_gradient = layer.u.T @ gradient @ layer.vh.T
-                layer.sigma = self.optimizer.step(layer.sigma, core_gradient, layer.state)
+                layer.sigma = self.optimizer.step(layer.sigma, core_gradient, layer.state, self.scale(layer))
         self.steps += 1
         if self.steps % self.settings.update_every == 0:
             self.check()
+
+    def scale(self, layer):
+        """Of the learning rate of Σ: √(mn) / r, to the nearest power of √2, where entries are scaled one by one."""
+        if self.settings.sigma_lr_scale != "norm":
+            return self.settings.sigma_lr_scale
+        exact = math.sqrt(layer.base.size) / len(layer.sigma)
+        return math.sqrt(2) ** round(math.log(exact, math.sqrt(2))) if self.optimizer.scales_entries else 1.0
 
     def factor(self, layer, weight):
         u, s, vh = np.linalg.svd(weight, full_matrices=False)

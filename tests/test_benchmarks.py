@@ -231,7 +231,16 @@ def test_pretraining_compares_dense_and_oialr_on_images(tmp_path):
         tmp_path / "images.parquet"
     )
     size = ("--images", 40, "--validation", 20, "--steps", 20, "--hidden", 32, "--layers", 1, "--patch", 8)
-    runs = ("--run", "dense", "null", "--run", "ours", '{"cutoff": 0.5, "delay": 2, "stability_threshold": 0.1}')
+    runs = (
+        "--run",
+        "dense",
+        "dense",
+        "{}",
+        "--run",
+        "ours",
+        "oialr",
+        '{"cutoff": 0.5, "delay": 2, "stability_threshold": 0.1}',
+    )
     output = run(
         "pretraining.py", "--data", tmp_path / "images.parquet", *size, *runs, "--seeds", 0, 1,
         "--output", tmp_path / "runs.jsonl",
