@@ -5,7 +5,9 @@ Most of the few seconds that each takes go into importing; only the quickest run
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -26,6 +28,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -316,6 +319,101 @@ def test_forecasting_splits_and_standardizes_as_the_literature_does(tmp_path):
     assert series.training_starts(96)[-1] + forecasting.CONTEXT + 96 == series.border
     with pytest.raises(ValueError, match="Give the whole file"):
         forecasting.Series.read(tmp_path / "series.csv", 8)
+
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "another",
+    "dog",
+    "run",
+    "over",
+    "some",
+    "green",
+    "hill",
+    "to",
+    "its",
+    "house",
+]
+
+
+@pytest.fixture
+def summaries(tmp_path: Path) -> Path:
+    """Documents of random words, title to text."""
+    generator = np.random.default_rng(0)
+    path = tmp_path / "summaries.json"
+    path.write_text(json.dumps({f"title {i}": " ".join(generator.choice(WORDS, 40)) for i in range(60)}))
+    return path
+
+
+@pytest.mark.slow
+def test_language_has_a_row_for_every_method(tmp_path, summaries):
+    model = ("--hidden", 16, "--layers", 1, "--vocabulary", 300)
+    size = (*model, "--length", 16, "--batch", 4, "--evaluated", 4, "--steps", 8)
+    methods = {
+        "dense": "{}", "oialr": '{"update_every": 2, "delay": 2, "stability_threshold": 0.1}',
+        "lora": '{"r": 2, "lr": 0.01}', "galore": '{"rank": 4, "update_proj_gap": 3}',
+    }  # fmt: skip
+    runs = [part for name, settings in methods.items() for part in ("--run", name, name, settings)]
+    output = run("language.py", "--text", summaries, *size, "--seeds", 0, "--output", tmp_path / "runs.jsonl", *runs)
+    (rows,) = tables(output)
+    assert [row.pop("run") for row in rows] == list(methods)
+    for row in rows:
+        numbers(row, *row)
+    kept = {found["run"]: found for found in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())}
+    for name, found in kept.items():
+        steps, flops, *_ = zip(*found["curve"])
+        assert steps == tuple(range(1, 9))
+        assert list(flops) == sorted(flops)
+        assert found["lr"] == (0.01 if name == "lora" else 0.002)
+    assert kept["oialr"]["trainable_end"] < 100 == kept["galore"]["trainable_end"]
+    assert kept["lora"]["tflop"] < kept["dense"]["tflop"] < kept["galore"]["tflop"]
+    with pytest.raises(AssertionError, match="dense, galore, lora, oialr"):
+        run("language.py", "--text", summaries, "--run", "ours", "olora", "{}")
+
+
+@pytest.mark.parametrize("method", ["dense", "oialr", "lora", "galore"])
+def test_flops_of_a_language_model_are_those_that_torch_counts(method):
+    language = load("language.py")
+    args = argparse.Namespace(hidden=64, layers=2, length=16, batch=2)
+    model = language.llama(50, args).float()
+    model.set_attn_implementation("eager")
+    settings = {"oialr": {"freeze_when": "delay", "delay": 1, "update_every": 1, "cutoff": 0.5}, "lora": {"r": 4}}
+    model, optimizer = language.prepared(model, method, settings.get(method, {}), 1e-3, 0.0)
+    training = language.Training(model.train(), optimizer, 9, total=1, adaptive=method == "oialr")
+    flops = language.Flops(training, args.batch, args.length)
+    rows = torch.randint(50, (args.batch, args.length))
+    for _ in range(2):  # OIALR: the first step is dense, the second factored
+        before = flops.total
+        with FlopCounterMode(display=False) as counter:
+            language.loss_on(model, rows).backward()
+        assert counter.get_total_flops() == flops.step
+        flops.count(training.step(lambda: language.loss_on(model, rows)))
+        assert (flops.total - before > counter.get_total_flops()) == (method in ("oialr", "galore"))
+
+
+def test_text_is_split_and_packed(tmp_path, summaries):
+    text = load("text.py")
+    found = text.documents(str(summaries))
+    assert len(found) == 60
+    (tmp_path / "plain.txt").write_text("\n\n".join(found))
+    assert text.documents(str(tmp_path / "plain.txt")) == found
+    training, held_out = text.split(found)
+    assert len(held_out) == 3
+    assert sorted(training + held_out) == sorted(found)
+    assert text.packed([[1, 2, 3], [4, 5]], 2).tolist() == [[1, 2], [3, 4]]
+    assert text.packed([[1, 2, 3], [4, 5]], 3, first=9).tolist() == [[9, 1, 2], [9, 3, 4]]
+    with pytest.raises(ValueError, match="Give more"):
+        text.packed([[1]], 2)
+    rows = torch.arange(5)[:, None]
+    drawn = torch.cat(list(itertools.islice(text.batches(rows, 2, seed=0), 5))).flatten().tolist()
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.slow
