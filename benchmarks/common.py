@@ -16,12 +16,18 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from oialr_peft import OIALRController
+
+Job = tuple[str, str, dict[str, Any], int, argparse.Namespace]  # name, method, settings, seed, options of the script
 
 SAMPLE_SECONDS = 0.02  # what is faster is called several times per sample, so that the clock does not matter
 
@@ -125,6 +131,21 @@ def training_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", help="file that every run is added to")
 
 
+def jobs_of(args: argparse.Namespace, methods: Collection[str]) -> list[Job]:
+    """The runs that `--run` and `--seeds` ask for, seed by seed.
+
+    Raises:
+        ValueError: for a method that is not in `methods`.
+    """
+    for name, method, _ in args.run:
+        if method not in methods:
+            raise ValueError(
+                f"`--run` must name one of the methods {', '.join(sorted(methods))}, but the method of {name!r} is "
+                f"{method!r}. Name, method and settings follow each other."
+            )
+    return [(name, method, json.loads(text), seed, args) for seed in args.seeds for name, method, text in args.run]
+
+
 def checked(controller: Any, step: int, probe: Callable[[], float]) -> tuple[Any, float, float]:
     """Let the controller count a step: its update if that was a check, the rise of the probe's loss, and the seconds."""
     before = probe() if controller.schedule.is_check(step) else 0.0
@@ -132,6 +153,82 @@ def checked(controller: Any, step: int, probe: Callable[[], float]) -> tuple[Any
     update = controller.step()
     seconds = time.perf_counter() - started
     return update, 0.0 if update is None else probe() / before - 1, seconds
+
+
+class Training:
+    """One run of a model: warm-up and cosine decay, OIALR's checks where there are any, and what is reported of them.
+
+    Args:
+        model: with its adapter, in training mode.
+        optimizer: of all that trains.
+        steps: optimizer steps of the whole run.
+        total: parameters of the dense model.
+        adaptive: whether the model has an OIALR adapter.
+        probe: loss on one fixed batch, before and after every check; `None` looks for no jumps.
+        after_step: called with the number of each step, before gradients are cleared.
+
+    Attributes:
+        seconds: of all steps and checks so far.
+        percent: trainable parameters in percent of `total`, after the last step.
+        trainable: the same after each step.
+        losses: of each step.
+        jumps: relative rise of the probe's loss in each check.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        *,
+        total: int,
+        adaptive: bool,
+        probe: Callable[[], float] | None = None,
+        after_step: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.probe, self.after_step = model, optimizer, probe, after_step
+        self.scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+        self.controller = OIALRController(model, optimizer, total_steps=steps) if adaptive else None
+        self.seconds = 0.0
+        self.percent = 100 * sum(p.numel() for p in model.parameters() if p.requires_grad) / total
+        self.trainable: list[float] = []
+        self.losses: list[float] = []
+        self.jumps = [0.0]
+
+    def step(self, loss_of_batch: Callable[[], Tensor]) -> Any:
+        """One optimizer step on the loss that the call returns; the controller's update if it was a check, else None."""
+        started = time.perf_counter()
+        loss = loss_of_batch()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        step = len(self.trainable) + 1
+        if self.after_step is not None:
+            self.after_step(step)
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        self.seconds += time.perf_counter() - started
+        update = None
+        if self.controller is not None:
+            update, jump, seconds = checked(self.controller, step, self.probe or (lambda: 1.0))
+            self.seconds += seconds
+            if update is not None:
+                self.percent = update.trainable_percent
+                self.jumps.append(jump)
+        self.trainable.append(self.percent)
+        return update
+
+    def summary(self) -> dict[str, Any]:
+        """What every run reports."""
+        history = [] if self.controller is None else self.controller.history
+        return {
+            "trainable_mean": round(mean(self.trainable), 2),
+            "trainable_end": round(self.percent, 2),
+            "jump": round(max(self.jumps), 4),
+            "frozen_at": {str(update.step): len(update.frozen) for update in history if update.frozen},
+            "seconds": round(self.seconds, 1),
+        }
 
 
 def trained(

@@ -5,7 +5,9 @@ Most of the few seconds that each takes go into importing; only the quickest run
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -17,6 +19,7 @@ from types import ModuleType
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, Features, Value
@@ -25,6 +28,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -63,7 +67,12 @@ def load(script: str) -> ModuleType:
     """The script as a module, under a name that shadows no other."""
     spec = importlib.util.spec_from_file_location(f"benchmarks_{script.removesuffix('.py')}", BENCHMARKS / script)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses look there
+    sys.path.insert(0, str(BENCHMARKS))  # the scripts import each other by name
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
     return module
 
 
@@ -251,6 +260,169 @@ def test_pretraining_compares_dense_and_oialr_on_images(tmp_path):
     assert float(rows[1]["at the end"].split()[0]) < 100
     kept = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [(each["run"], each["seed"]) for each in kept] == [("dense", 0), ("ours", 0), ("dense", 1), ("ours", 1)]
+
+
+@pytest.mark.slow
+def test_forecasting_reports_every_epoch(tmp_path):
+    hours = 16 * 30 * 24
+    values = np.sin(np.arange(hours)[:, None] * 2 * np.pi / np.array([24, 168])) + np.arange(2)
+    table = pd.DataFrame(
+        {"date": pd.date_range("2016-07-01", periods=hours, freq="h"), "a": values[:, 0], "b": values[:, 1]}
+    )
+    table.to_csv(tmp_path / "series.csv", index=False)
+    size = (
+        "--horizon",
+        24,
+        "--windows",
+        32,
+        "--batch",
+        8,
+        "--stride",
+        400,
+        "--epochs",
+        2,
+        "--hidden",
+        16,
+        "--layers",
+        1,
+    )
+    settings = json.dumps({"update_every": 2, "delay": 2, "stability_threshold": 0.1, "cutoff": 0.5, "lr": 0.01})
+    output = run(
+        "forecasting.py", "--data", tmp_path / "series.csv", *size, "--run", "dense", "dense", "{}", "--run", "ours", "oialr", settings,
+        "--seeds", 0, "--output", tmp_path / "runs.jsonl",
+    )  # fmt: skip
+    (rows,) = tables(output)
+    assert [row.pop("run") for row in rows] == ["dense", "ours"]
+    for row in rows:
+        numbers(row, *row)
+    dense, ours = (json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert (dense["lr"], ours["lr"]) == (0.001, 0.01)
+    for kept in (dense, ours):
+        assert len(kept["curve"]) == 2
+        assert min(kept["curve"]) == [
+            kept["mse"],
+            kept["mae"],
+            kept["trainable_best"],
+            kept["curve"][kept["best_epoch"] - 1][3],
+        ]
+    assert dense["curve"][-1][2] == 100 > ours["curve"][-1][2]
+
+
+def test_forecasting_splits_and_standardizes_as_the_literature_does(tmp_path):
+    forecasting = load("forecasting.py")
+    quarters = 16 * 30 * 24 * 4
+    dates = pd.date_range("2016-07-01", periods=quarters + 5, freq="15min")
+    values = np.random.default_rng(0).normal(3, 2, size=len(dates))
+    pd.DataFrame({"date": dates, "a": values}).to_csv(tmp_path / "series.csv", index=False)
+    series = forecasting.Series.read(tmp_path / "series.csv", None)
+    assert series.border == 12 * 30 * 24 * 4
+    assert series.values.shape == (quarters, 1)  # what follows the validation months is not looked at
+    training = series.values[: series.border]
+    torch.testing.assert_close(training.std(correction=0).item(), 1.0, rtol=1e-4, atol=0)
+    assert abs(training.mean()) < 1e-4
+    assert series.clock.shape == (quarters, 5)
+    assert series.clock.abs().max() <= 0.5
+    starts = series.validation_starts(96, 1)
+    assert starts[0] + forecasting.CONTEXT == series.border
+    assert starts[-1] + forecasting.CONTEXT + 96 == quarters
+    assert series.training_starts(96)[-1] + forecasting.CONTEXT + 96 == series.border
+    with pytest.raises(ValueError, match="Give the whole file"):
+        forecasting.Series.read(tmp_path / "series.csv", 8)
+
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "another",
+    "dog",
+    "run",
+    "over",
+    "some",
+    "green",
+    "hill",
+    "to",
+    "its",
+    "house",
+]
+
+
+@pytest.fixture
+def summaries(tmp_path: Path) -> Path:
+    """Documents of random words, title to text."""
+    generator = np.random.default_rng(0)
+    path = tmp_path / "summaries.json"
+    path.write_text(json.dumps({f"title {i}": " ".join(generator.choice(WORDS, 40)) for i in range(60)}))
+    return path
+
+
+@pytest.mark.slow
+def test_language_has_a_row_for_every_method(tmp_path, summaries):
+    model = ("--hidden", 16, "--layers", 1, "--vocabulary", 300)
+    size = (*model, "--length", 16, "--batch", 4, "--evaluated", 4, "--steps", 8)
+    methods = {
+        "dense": "{}", "oialr": '{"update_every": 2, "delay": 2, "stability_threshold": 0.1}',
+        "lora": '{"r": 2, "lr": 0.01}', "galore": '{"rank": 4, "update_proj_gap": 3}',
+    }  # fmt: skip
+    runs = [part for name, settings in methods.items() for part in ("--run", name, name, settings)]
+    output = run("language.py", "--text", summaries, *size, "--seeds", 0, "--output", tmp_path / "runs.jsonl", *runs)
+    (rows,) = tables(output)
+    assert [row.pop("run") for row in rows] == list(methods)
+    for row in rows:
+        numbers(row, *row)
+    kept = {found["run"]: found for found in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())}
+    for name, found in kept.items():
+        steps, flops, *_ = zip(*found["curve"])
+        assert steps == tuple(range(1, 9))
+        assert list(flops) == sorted(flops)
+        assert found["lr"] == (0.01 if name == "lora" else 0.002)
+    assert kept["oialr"]["trainable_end"] < 100 == kept["galore"]["trainable_end"]
+    assert kept["lora"]["tflop"] < kept["dense"]["tflop"] < kept["galore"]["tflop"]
+    with pytest.raises(AssertionError, match="dense, galore, lora, oialr"):
+        run("language.py", "--text", summaries, "--run", "ours", "olora", "{}")
+
+
+@pytest.mark.parametrize("method", ["dense", "oialr", "lora", "galore"])
+def test_flops_of_a_language_model_are_those_that_torch_counts(method):
+    language = load("language.py")
+    args = argparse.Namespace(hidden=64, layers=2, length=16, batch=2)
+    model = language.llama(50, args).float()
+    model.set_attn_implementation("eager")
+    settings = {"oialr": {"freeze_when": "delay", "delay": 1, "update_every": 1, "cutoff": 0.5}, "lora": {"r": 4}}
+    model, optimizer = language.prepared(model, method, settings.get(method, {}), 1e-3, 0.0)
+    training = language.Training(model.train(), optimizer, 9, total=1, adaptive=method == "oialr")
+    flops = language.Flops(training, args.batch, args.length)
+    rows = torch.randint(50, (args.batch, args.length))
+    for _ in range(2):  # OIALR: the first step is dense, the second factored
+        before = flops.total
+        with FlopCounterMode(display=False) as counter:
+            language.loss_on(model, rows).backward()
+        assert counter.get_total_flops() == flops.step
+        flops.count(training.step(lambda: language.loss_on(model, rows)))
+        assert (flops.total - before > counter.get_total_flops()) == (method in ("oialr", "galore"))
+
+
+def test_text_is_split_and_packed(tmp_path, summaries):
+    text = load("text.py")
+    found = text.documents(str(summaries))
+    assert len(found) == 60
+    (tmp_path / "plain.txt").write_text("\n\n".join(found))
+    assert text.documents(str(tmp_path / "plain.txt")) == found
+    training, held_out = text.split(found)
+    assert len(held_out) == 3
+    assert sorted(training + held_out) == sorted(found)
+    assert text.packed([[1, 2, 3], [4, 5]], 2).tolist() == [[1, 2], [3, 4]]
+    assert text.packed([[1, 2, 3], [4, 5]], 3, first=9).tolist() == [[9, 1, 2], [9, 3, 4]]
+    with pytest.raises(ValueError, match="Give more"):
+        text.packed([[1]], 2)
+    rows = torch.arange(5)[:, None]
+    drawn = torch.cat(list(itertools.islice(text.batches(rows, 2, seed=0), 5))).flatten().tolist()
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.slow
