@@ -32,6 +32,7 @@ CARD_SETTINGS = (
     "settle_ratio",
     "update_every",
     "cutoff",
+    "max_output_loss",
     "layers_per_update",
     "max_rank_drop",
     "min_rank",
@@ -39,6 +40,12 @@ CARD_SETTINGS = (
 )
 
 DEFAULT_DELAY = 0.1  # of all steps; not yet the result of a measurement (docs/differences.md)
+
+# How pruning is set when nothing is said about it (docs/benchmarks.md has the measurements)
+PAPER_CUTOFF = 0.1
+BOUND_CUTOFF = 0.9  # beside a bound, which then decides
+PRETRAINING_OUTPUT_LOSS = 1e-3  # weights in training make up for what is removed
+FINETUNING_OUTPUT_LOSS = 1e-4  # 1.3 % more loss when all layers of Gemma-3 270M are truncated at once
 
 
 class SavedAdapter(NamedTuple):
@@ -78,10 +85,12 @@ class OIALRConfig(PeftConfig):
         stability_threshold: Stability, in (0, 1], from which a layer counts as stable.
         settle_ratio: expected over past movement of a basis, > 0, up to which a layer counts as settled.
         update_every: ν, steps between two checks.
-        cutoff: β in [0, 1): directions with σ < β·σ_max are dropped.
+        cutoff: β in [0, 1): directions with σ < β·σ_max are dropped; the paper's rule. `None` means 0.9 with a bound
+            `max_output_loss`, which then decides, and 0.1 with `residual`.
         layers_per_update: α in (0, 1]: share of the layers added at each Σ update, from the last one back; 1 = all.
         max_output_loss: largest share of a layer's output energy on recent inputs, in [0, 1), that one Σ update may
-            remove; `None` applies the paper's rule alone.
+            remove. `None` means no bound where `cutoff` is given, the paper's rule alone. When neither is given, it
+            means 0.001 with `pretraining`, no bound with `residual`, and otherwise 0.0001.
         max_rank_drop: largest share of a rank lost in one update, in (0, 1].
         sigma_lr_scale: learning rate of Σ (r, r) over that of its parameter group, > 0; `"norm"` is √(m n) / r, with which
             an update of a factored weight is as long as that of the dense one, for optimizers that scale every entry on
@@ -104,7 +113,7 @@ class OIALRConfig(PeftConfig):
     >>> OIALRConfig(cutoff=1.5)
     Traceback (most recent call last):
     ...
-    ValueError: `cutoff` must be a number in [0, 1), but is 1.5. 0.1 drops directions below a tenth of the largest.
+    ValueError: `cutoff` must be a number in [0, 1) or None, but is 1.5. 0.1 drops directions below a tenth of the largest.
     """
 
     target_modules: list[str] | str | None = field(
@@ -149,13 +158,19 @@ class OIALRConfig(PeftConfig):
         default=1.0, metadata={"help": "Expected over past movement of a basis up to which a layer counts as settled."}
     )
     update_every: int | float = field(default=0.04, metadata={"help": "Steps between two checks."})
-    cutoff: float = field(default=0.1, metadata={"help": "Directions with σ < cutoff·σ_max are dropped."})
+    cutoff: float | None = field(
+        default=None,
+        metadata={"help": "Directions with σ < cutoff·σ_max are dropped; None: 0.9 with a bound, 0.1 if residual."},
+    )
     layers_per_update: float = field(
         default=1.0, metadata={"help": "Share of the layers added at each Σ update, from the last one back."}
     )
     max_output_loss: float | None = field(
         default=None,
-        metadata={"help": "Largest share of a layer's output energy that one update may remove; None: no bound."},
+        metadata={
+            "help": "Largest share of a layer's output energy that one update may remove; None: no bound beside a "
+            "cutoff or if residual, else 0.001 if pretraining, 0.0001 if not."
+        },
     )
     max_rank_drop: float = field(default=0.5, metadata={"help": "Largest share of a rank lost in one update."})
     min_rank: int | float = field(default=0.01, metadata={"help": "Floor of the rank: count, or fraction of k."})
@@ -189,6 +204,7 @@ class OIALRConfig(PeftConfig):
         self._check_method()
         if self.delay is None:
             self.delay = 0 if self.residual else DEFAULT_DELAY
+        self._set_pruning()
         self._check_combinations()
         self._check_format()
 
@@ -292,6 +308,13 @@ class OIALRConfig(PeftConfig):
             title=title,
         )
 
+    def _set_pruning(self) -> None:
+        """The measured rule where the user names none."""
+        if self.cutoff is None and self.max_output_loss is None and not self.residual:
+            self.max_output_loss = PRETRAINING_OUTPUT_LOSS if self.pretraining else FINETUNING_OUTPUT_LOSS
+        if self.cutoff is None:
+            self.cutoff = PAPER_CUTOFF if self.max_output_loss is None else BOUND_CUTOFF
+
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -369,9 +392,9 @@ class OIALRConfig(PeftConfig):
                 f"`settle_ratio` must be a number > 0, but is {self.settle_ratio!r}. 1 factors a layer when its basis is "
                 "expected to move no further than it has moved."
             )
-        if not _is_number(self.cutoff) or not 0 <= self.cutoff < 1:
+        if self.cutoff is not None and not (_is_number(self.cutoff) and 0 <= self.cutoff < 1):
             raise ValueError(
-                f"`cutoff` must be a number in [0, 1), but is {self.cutoff!r}. 0.1 drops directions below a tenth of "
+                f"`cutoff` must be a number in [0, 1) or None, but is {self.cutoff!r}. 0.1 drops directions below a tenth of "
                 "the largest."
             )
         if not _is_number(self.layers_per_update) or not 0 < self.layers_per_update <= 1:
