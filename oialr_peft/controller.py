@@ -66,6 +66,7 @@ from oialr_peft.sharding import (
 logger = logging.getLogger(__name__)
 
 RANKS_NAME = "oialr_ranks.json"
+LITTLE_PRUNED = (
     0.9  # share of directions kept from which a warning says so; no route is faster there than the dense layer
 )
 
@@ -211,6 +212,7 @@ class OIALRController:
         )
         self.history.append(update)
         self._report(update)
+        self._warn_if_little_is_pruned(update)
         self._record_before_check()
         return update
 
@@ -676,6 +678,21 @@ class OIALRController:
             update.trainable_percent,
             update.seconds,
         )
+
+    def _warn_if_little_is_pruned(self, update: OIALRUpdate) -> None:
+        """Warn after the first Σ update of all layers when they keep so much that training gets no smaller."""
+        earlier = any(len(past.ranks) == len(self.layers) for past in self.history[:-1])
+        if self.config.residual or self.config.cutoff == 0 or earlier or len(update.ranks) < len(self.layers):
+            return
+        full = sum(layer.full_rank[self.adapter_name] for layer in self.layers.values())
+        kept = sum(after for _, after in update.ranks.values()) / full
+        if kept > LITTLE_PRUNED:
+            warnings.warn(
+                f"All layers are factored, and {kept:.0%} of their directions are kept, so training gets neither faster nor "
+                "smaller. Pretrained language models are like this: use `residual=True` with an `init_rank` for them. "
+                "Otherwise raise `max_output_loss` or `cutoff`.",
+                stacklevel=3,
+            )
 
     def metrics(self) -> dict[str, float]:
         """The figures of the last check under the names that trackers show.
