@@ -52,6 +52,7 @@ from oialr_peft.model import adapter_layers
 from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, transport_state
 from oialr_peft.movement import Movement
 from oialr_peft.outcome import Outcome, exchanged
+from oialr_peft.progress import decomposition_bar, log_check
 from oialr_peft.schedule import Schedule, rank_of, steps_of
 from oialr_peft.sharding import (
     is_sharded,
@@ -122,11 +123,15 @@ class OIALRController:
     The optimizer object is never replaced: parameters and their state are swapped inside it. It is an object that
     `accelerator.register_for_checkpointing` accepts.
 
+    Each check is logged by the standard `logging` module, on the main process: one line at level INFO of the logger
+    `oialr_peft.controller`, one for each layer at level DEBUG. `logging.basicConfig(level=logging.INFO)` shows the former.
+
     Args:
         model: the model, as `get_peft_model` or `model.add_adapter` made it; wrappers are fine.
         optimizer: trains the adapter; made after the adapter.
         total_steps: optimizer steps of the whole run, ≥ 1; fractions in the configuration refer to it.
         adapter_name: which adapter.
+        disable_tqdm: no progress bar while a check decomposes for more than a second.
 
     Attributes:
         history: the `OIALRUpdate` of every check so far.
@@ -137,9 +142,16 @@ class OIALRController:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, *, total_steps: int, adapter_name: str = "default"
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        total_steps: int,
+        adapter_name: str = "default",
+        disable_tqdm: bool = False,
     ) -> None:
         require_supported_engine(model, optimizer)
+        self.disable_tqdm = disable_tqdm
         self.model = model
         self.optimizer = optimizer
         self.adapter_name = adapter_name
@@ -211,7 +223,7 @@ class OIALRController:
             time.perf_counter() - started,
         )
         self.history.append(update)
-        self._report(update)
+        log_check(logger, update, self._ranks())
         self._warn_if_little_is_pruned(update)
         self._record_before_check()
         return update
@@ -236,7 +248,8 @@ class OIALRController:
         dense = [name for name in names if self._is_dense(name)]
         factored = [name for name in due if not self._is_dense(name)]
         outcomes = {}
-        for outcome in self._found_by_all([*dense, *factored], set(due), slots):
+        found = self._found_by_all([*dense, *factored], set(due), slots)
+        for outcome in decomposition_bar(found, total=len(dense) + len(factored), disable=self.disable_tqdm):
             self._apply(outcome, slots)
             outcomes[outcome.name] = outcome.without_tensors()
         refresh_reducers(self.model)
@@ -666,18 +679,11 @@ class OIALRController:
                 inside.update(id(parameter) for parameter in container.values())
         return targets + sum(p.numel() for p in self.model.parameters() if id(p) not in inside)
 
-    def _report(self, update: OIALRUpdate) -> None:
-        ranks = [layer.rank(self.adapter_name) for layer in self.layers.values()]
-        logger.info(
-            "step %d: %d layers frozen (%d of %d), mean rank %.1f, %.1f %% trainable, %.2f s",
-            update.step,
-            len(update.frozen),
-            sum(not layer.is_dense(self.adapter_name) for layer in self.layers.values()),
-            len(ranks),
-            sum(ranks) / len(ranks),
-            update.trainable_percent,
-            update.seconds,
-        )
+    def _ranks(self) -> dict[str, int | None]:
+        """By name; `None` for dense layers."""
+        return {
+            name: None if self._is_dense(name) else layer.rank(self.adapter_name) for name, layer in self.layers.items()
+        }
 
     def _warn_if_little_is_pruned(self, update: OIALRUpdate) -> None:
         """Warn after the first Σ update of all layers when they keep so much that training gets no smaller."""

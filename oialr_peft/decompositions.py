@@ -330,7 +330,7 @@ def _by_svd(weights: Sequence[tuple[str, Tensor]]) -> list[Decomposition]:
         return thin_svd(weight.to(_wide_dtype(weight)), name)
 
     small = min(weights[0][1].shape) <= _SMALL or weights[0][1].is_cuda
-    found = [decomposed(item) for item in weights] if small else map_concurrently(decomposed, weights)
+    found = map(decomposed, weights) if small else map_concurrently(decomposed, weights)
     return [Decomposition(name, weight, svd) for (name, weight), svd in zip(weights, found, strict=True)]
 
 
@@ -349,8 +349,8 @@ def _by_polar(weights: Sequence[tuple[str, Tensor]]) -> list[Decomposition]:
     ]
 
 
-def map_concurrently(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """``[function(item) for item in items]`` in as many threads as PyTorch uses for one operation.
+def map_concurrently(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """``map(function, items)`` in as many threads as PyTorch uses for one operation.
 
     LAPACK gains little from more than a few threads, and PyTorch releases the interpreter lock in it. Gradients are
     not recorded, since that setting belongs to a thread. Items are started in their order: put the longest first.
@@ -358,7 +358,8 @@ def map_concurrently(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     threads = torch.get_num_threads()
     workers = min(len(items), threads)
     if workers < 2:
-        return [function(item) for item in items]
+        yield from map(function, items)
+        return
 
     def start_worker() -> None:
         torch.set_num_threads(max(1, threads // workers))
@@ -369,7 +370,7 @@ def map_concurrently(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
     try:
         with ThreadPoolExecutor(workers, initializer=start_worker) as pool:
-            return list(pool.map(call, items))
+            yield from pool.map(call, items)
     finally:
         # the number is also the default of threads that are started later
         torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -24,6 +25,11 @@ from oialr_peft.decompositions import WORKSPACE_BYTES
 from oialr_peft.sharding import is_sharded, sharding_group
 
 _COPIES = 8  # of a matrix that its decomposition and the result hold together
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all: also before the process group is made, as torchrun and Accelerate set it."""
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
 
 
 class Job(NamedTuple):

@@ -9,7 +9,7 @@ Source: Coquelin et al., *Harnessing Orthogonality to Train Low-Rank Neural Netw
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,15 +96,19 @@ def factorize(weight: Tensor, *, rank: int | None = None, name: str = "weight") 
     return factors_of(found, weight.dtype)
 
 
-def factorize_all(weights: Sequence[tuple[str, Tensor, int]]) -> list[Factors]:
-    """`factorize` of many weights (name, (m, n), rank), side by side on a CPU; factors in at least float32."""
+def factorize_all(weights: Sequence[tuple[str, Tensor, int]]) -> Iterator[Factors]:
+    """`factorize` of many weights (name, (m, n), rank), side by side on a CPU; factors in at least float32.
+
+    Yields:
+        The factors of each weight, in their order.
+    """
 
     def factorized(weight: tuple[str, Tensor, int]) -> Factors:
         name, matrix, rank = weight
         return factorize(matrix.to(compute_dtype(matrix)), rank=rank, name=name)
 
     if any(matrix.is_cuda for _, matrix, _ in weights):
-        return [factorized(weight) for weight in weights]
+        return map(factorized, weights)
     return map_concurrently(factorized, weights)
 
 

@@ -32,6 +32,7 @@ from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, factorize_all
 from oialr_peft.layer import OIALRLinear, initial_rank, parameters_become_meta, supported_module
 from oialr_peft.matricization import Matricization, matricization_of
+from oialr_peft.progress import decomposition_bar
 from oialr_peft.quantization import is_quantized
 from oialr_peft.registration import PREFIX
 
@@ -97,7 +98,7 @@ class OIALRModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model; see `BaseTuner.inject_adapter`."""
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self._decomposing():
             # PEFT does not know the projections of an attention module; `_warn_about_unknown_ranks` does
             warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -107,6 +108,15 @@ class OIALRModel(BaseTuner):
             model.requires_grad_(False)
         if not config.inference_mode:
             _MissingControllerWatch.attach(model, adapter_name, config)
+
+    @contextmanager
+    def _decomposing(self) -> Iterator[None]:
+        """With a progress bar, of which nothing is left in the model afterwards: it could not be copied."""
+        with decomposition_bar() as self._bar:
+            try:
+                yield
+            finally:
+                del self._bar
 
     def _check_new_adapter_config(self, config: OIALRConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
@@ -150,7 +160,16 @@ class OIALRModel(BaseTuner):
             if file is not None:
                 check_adapter_file(file, peft_config.rank_pattern or {}, shapes)
         if not peft_config.is_from_checkpoint and not parameters_become_meta():
-            self._factors = _initial_factors(peft_config, weights)
+            ranks = {name: initial_rank(peft_config, name, shape) for name, shape in shapes.items()}
+            self._bar.total = sum(rank is not None for rank in ranks.values())
+            jobs = [
+                (name, weight.detach(), rank)
+                for name, weight in weights.items()
+                if (rank := ranks[name]) is not None and not weight.is_meta
+            ]
+            for name, factors in _initial_factors(jobs):
+                self._factors[name] = factors
+                self._bar.update()
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -192,11 +211,12 @@ class OIALRModel(BaseTuner):
         full_name: str,
     ) -> None:
         factors = self._factors.pop(full_name, None)
-        if isinstance(target, OIALRLinear):
-            target.add_adapter(adapter_name, config, factors)
-            return
-        layer = OIALRLinear(target, full_name)
+        layer = target if isinstance(target, OIALRLinear) else OIALRLinear(target, full_name)
         layer.add_adapter(adapter_name, config, factors)
+        if factors is None and self._bar.total and not layer.is_dense(adapter_name):
+            self._bar.update()  # a quantized weight, which was decomposed just now
+        if layer is target:
+            return
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -389,16 +409,10 @@ class OIALRModel(BaseTuner):
         return {key.rpartition(".")[2]: state_dict[key] for key in cls._keys_of(module_key, state_dict)}
 
 
-def _initial_factors(config: OIALRConfig, weights: dict[str, Tensor]) -> dict[str, Factors]:
-    """The factors of the layers that start factored, computed side by side on a CPU."""
-    ranks = {name: initial_rank(config, name, weight.shape) for name, weight in weights.items()}
-    jobs = [
-        (name, weight.detach(), rank)
-        for name, weight in weights.items()
-        if (rank := ranks[name]) is not None and not weight.is_meta
-    ]
-    jobs.sort(key=lambda job: -job[1].numel())
-    return dict(zip([name for name, _, _ in jobs], factorize_all(jobs), strict=True))
+def _initial_factors(jobs: list[tuple[str, Tensor, int]]) -> Iterator[tuple[str, Factors]]:
+    """The factors of the layers that start factored, by name; those of the largest weights come first."""
+    jobs = sorted(jobs, key=lambda job: -job[1].numel())
+    return zip([name for name, _, _ in jobs], factorize_all(jobs), strict=True)
 
 
 def _fit_to_assign(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ class OIALRCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the controller, and continue its state when the training was resumed."""
-        self.start(kwargs["model"], kwargs["optimizer"], state.max_steps)
+        self.start(kwargs["model"], kwargs["optimizer"], state.max_steps, disable_tqdm=bool(args.disable_tqdm))
         if state.global_step > 0:
             self.load(_resumed_checkpoint(args, state))
         else:
@@ -86,10 +86,19 @@ class OIALRCallback(TrainerCallback):
         if not args.save_only_model and directory.is_dir():
             self.save(directory)
 
-    def start(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+    def start(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        *,
+        disable_tqdm: bool = False,
+    ) -> None:
         """Make a controller for a training of `total_steps` optimizer steps."""
         name = self.adapter_name or _active_adapter(model)
-        self.controller = OIALRController(model, optimizer, total_steps=total_steps, adapter_name=name)
+        self.controller = OIALRController(
+            model, optimizer, total_steps=total_steps, adapter_name=name, disable_tqdm=disable_tqdm
+        )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the controller's state to `directory`: tensors as safetensors, everything else as JSON in its header."""
@@ -129,7 +138,9 @@ class _TrainerDrivenCallback(OIALRCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.start(self._trainer.model_wrapped, kwargs["optimizer"], state.max_steps)
+        self.start(
+            self._trainer.model_wrapped, kwargs["optimizer"], state.max_steps, disable_tqdm=bool(args.disable_tqdm)
+        )
         if self._trainer._resumed_from is not None:
             self.load(self._trainer._resumed_from)
 

@@ -242,7 +242,7 @@ def test_concurrent_calls_keep_order_threads_and_errors(monkeypatch):
         assert not torch.is_grad_enabled()
         return x * x
 
-    assert map_concurrently(square, list(range(20))) == [x * x for x in range(20)]
+    assert list(map_concurrently(square, list(range(20)))) == [x * x for x in range(20)]
     assert threading.main_thread().name not in names
     assert (counts[-1], set(counts[:-1])) == (4, {1})
 
@@ -250,5 +250,5 @@ def test_concurrent_calls_keep_order_threads_and_errors(monkeypatch):
         raise ValueError(f"item {x}")
 
     with pytest.raises(ValueError, match="item 0"):
-        map_concurrently(fail, [0, 1])
+        list(map_concurrently(fail, [0, 1]))
     assert counts[-1] == 4
