@@ -82,7 +82,9 @@ def test_the_trainer_passes_its_own_setting_on(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("settings", [{"residual": True}, {"freeze_when": "delay", "delay": 0}], ids=lambda s: [*s][0])
+@pytest.mark.parametrize(
+    "settings", [{"residual": True}, {"freeze_when": "delay", "delay": 0}], ids=["residual", "delay"]
+)
 def test_decomposing_a_model_at_creation_shows_a_bar(bert, capsys, settings):
     model = get_peft_model(bert, OIALRConfig(task_type="SEQ_CLS", **settings))
     layers = len(adapter_layers(model))
