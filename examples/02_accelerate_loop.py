@@ -1,9 +1,13 @@
-"""OIALR in a training loop of your own: interrupt it, resume it, and end where an uninterrupted run ends.
+r"""OIALR in a training loop of your own: interrupt it, resume it, and end where an uninterrupted run ends.
 
 A small vision transformer learns scikit-learn's 8×8 digits (nothing to download):
 
     python examples/02_accelerate_loop.py
-    accelerate launch --cpu --num_processes 2 examples/02_accelerate_loop.py
+
+On several processes, here two on the CPU; `accelerate_configs` has the configurations for GPUs too:
+
+    accelerate launch --config_file examples/accelerate_configs/two_processes.yaml \
+        examples/02_accelerate_loop.py --cpu
 """
 
 import argparse
@@ -26,9 +30,9 @@ from oialr_peft import OIALRConfig, OIALRController, rank_table
 class Run:
     """Everything that one process makes before its first step: data, model, optimizer, schedule, controller."""
 
-    def __init__(self, *, steps: int, learning_rate: float, seed: int) -> None:
+    def __init__(self, *, steps: int, learning_rate: float, seed: int, cpu: bool) -> None:
         set_seed(seed)
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(cpu=cpu)
         self.steps = steps
         digits = load_digits()
         pixels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # (1797, 1, 8, 8), -1 … 1
@@ -98,8 +102,9 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=400, help="optimizer steps of the whole run")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the images")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also if there is a GPU")
     args = parser.parse_args()
-    settings = {"steps": args.max_steps, "learning_rate": args.learning_rate, "seed": args.seed}
+    settings = {"steps": args.max_steps, "learning_rate": args.learning_rate, "seed": args.seed, "cpu": args.cpu}
     checkpoint = args.output_dir / "state"
 
     run = Run(**settings)
@@ -113,6 +118,7 @@ def main() -> None:
 
     say = run.accelerator.print  # on the main process only
     say(f"\n{rank_table(resumed.model)}\n")
+    say(f"processes: {run.accelerator.num_processes}")
     say(f"trainable parameters: {resumed.controller.history[-1].trainable_percent:.1f} % of the dense model")
     say(f"accuracy: {run.accuracy():.2%} uninterrupted, {resumed.accuracy():.2%} resumed at step {args.max_steps // 2}")
     same = all(torch.equal(a, b) for a, b in zip(run.model.parameters(), resumed.model.parameters(), strict=True))

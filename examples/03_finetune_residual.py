@@ -10,12 +10,12 @@ A pretrained model, and a dataset with columns `text` and `label`, by hub id or 
     python examples/03_finetune_residual.py --model google-bert/bert-base-uncased --dataset fancyzhx/ag_news
 """
 
-import ast
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
+import evaluate
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from offline import docstrings
 from peft import get_peft_model
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
@@ -36,6 +36,7 @@ from oialr_peft import OIALRConfig, OIALRTrainer, rank_table
 # dependencies of the examples
 LIBRARIES = ["matplotlib", "pandas", "scipy", "sklearn"]
 NEW_LIBRARIES = ["networkx", "numpy", "sympy"]
+METRICS = Path(__file__).with_name("metrics")
 
 
 @dataclass
@@ -44,6 +45,7 @@ class ExampleArguments:
 
     model: str | None = field(default=None, metadata={"help": "Hub id or path; default: a tiny BERT made here."})
     dataset: str = field(default="docstrings", metadata={"help": "Hub id or path, or `docstrings`."})
+    metric: str = field(default=str(METRICS / "accuracy"), metadata={"help": "Name on the Hub, or path, of a metric."})
     init_rank: float = field(default=0.5, metadata={"help": "Rank of the correction, as a share of full rank."})
     cutoff: float = field(default=0.02, metadata={"help": "Directions with σ < cutoff·σ_max are dropped."})
 
@@ -62,19 +64,9 @@ class DemoTrainingArguments(TrainingArguments):
     report_to: str = "none"
 
 
-def docstrings(library: str) -> list[str]:
-    """First paragraphs of the docstrings in a library's source files, which are read without importing it."""
-    folder = Path(find_spec(library).origin).parent
-    files = [file for file in sorted(folder.rglob("*.py")) if "tests" not in file.parts]
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
-    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    paragraphs = {" ".join(text.split("\n\n")[0].split()) for text in texts}
-    return sorted(text for text in paragraphs if len(text) > 30)
-
-
 def docstring_data(libraries: list[str]) -> DatasetDict:
     """As many docstrings of each library; the test texts are the same for every seed."""
-    texts = [docstrings(library) for library in libraries]
+    texts = [list(docstrings(library)) for library in libraries]
     features = Features(text=Value("string"), label=ClassLabel(names=libraries))
     size = min(len(found) for found in texts)
     rows = [
@@ -92,11 +84,10 @@ def load_data(dataset: str) -> DatasetDict:
     return data if "test" in data else data["train"].train_test_split(0.2, seed=0)
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
+def make_trainer(trainer_class, model, tokenizer, data: DatasetDict, args: TrainingArguments, metric) -> Trainer:
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return metric.compute(predictions=prediction.predictions.argmax(axis=-1), references=prediction.label_ids)
 
-
-def make_trainer(trainer_class, model, tokenizer, data: DatasetDict, args: TrainingArguments) -> Trainer:
     data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=32), batched=True)
     return trainer_class(
         model=model,
@@ -104,11 +95,11 @@ def make_trainer(trainer_class, model, tokenizer, data: DatasetDict, args: Train
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=data["train"],
         eval_dataset=data["test"],
-        compute_metrics=accuracy,
+        compute_metrics=compute_metrics,
     )
 
 
-def make_base_model(directory: Path, args: TrainingArguments) -> Path:
+def make_base_model(directory: Path, args: TrainingArguments, metric) -> Path:
     """Train a tokenizer, and a tiny BERT from scratch, on the docstrings of four libraries; save both."""
     data = docstring_data(LIBRARIES)
     words = BertWordPieceTokenizer()
@@ -124,7 +115,7 @@ def make_base_model(directory: Path, args: TrainingArguments) -> Path:
         num_labels=len(LIBRARIES),
     )
     model = AutoModelForSequenceClassification.from_config(config)
-    trainer = make_trainer(Trainer, model, tokenizer, data, args)
+    trainer = make_trainer(Trainer, model, tokenizer, data, args, metric)
     trainer.train()
     print(f"base model: accuracy {trainer.evaluate()['eval_accuracy']:.2%} on {', '.join(LIBRARIES)}")
     model.save_pretrained(directory)
@@ -136,14 +127,15 @@ def main() -> None:
     example, args = HfArgumentParser((ExampleArguments, DemoTrainingArguments)).parse_args_into_dataclasses()
     set_seed(args.seed)
     output = Path(args.output_dir)
-    base = example.model or make_base_model(output / "base", args)
+    metric = evaluate.load(example.metric)
+    base = example.model or make_base_model(output / "base", args, metric)
     data = load_data(example.dataset)
     classes = data["train"].features["label"].num_classes
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes, ignore_mismatched_sizes=True)
     # the task type makes the new head train beside the adapter
     config = OIALRConfig(task_type="SEQ_CLS", residual=True, init_rank=example.init_rank, cutoff=example.cutoff)
     model = get_peft_model(model, config)
-    trainer = make_trainer(OIALRTrainer, model, AutoTokenizer.from_pretrained(base), data, args)
+    trainer = make_trainer(OIALRTrainer, model, AutoTokenizer.from_pretrained(base), data, args, metric)
     before = trainer.evaluate()["eval_accuracy"]
     trainer.train()
     after = trainer.evaluate()["eval_accuracy"]
@@ -153,6 +145,7 @@ def main() -> None:
     print(f"accuracy: {before:.2%} before, {after:.2%} after; {1 / classes:.2%} by chance")
     print(f"trainable: {trainer.oialr_controller.history[-1].trainable_percent:.2f} % of the base model's parameters")
     model.merge_and_unload(safe_merge=True).save_pretrained(output / "merged")  # a plain transformers model
+    AutoTokenizer.from_pretrained(base).save_pretrained(output / "merged")
     print(f"adapter and merged model: {output}")
 
 
