@@ -50,7 +50,7 @@ class DemoTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the defaults of this example."""
 
     output_dir: str = "runs/language_model"
-    num_train_epochs: float = 4
+    num_train_epochs: float = 3
     per_device_train_batch_size: int = 8
     learning_rate: float = 2e-3
     lr_scheduler_type: str = "cosine"

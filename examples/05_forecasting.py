@@ -49,7 +49,7 @@ class DemoTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the defaults of this example."""
 
     output_dir: str = "runs/forecasting"
-    num_train_epochs: float = 20
+    num_train_epochs: float = 8
     per_device_train_batch_size: int = 64
     per_device_eval_batch_size: int = 256
     learning_rate: float = 1e-3
