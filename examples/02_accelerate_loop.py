@@ -4,7 +4,7 @@ A small vision transformer learns scikit-learn's 8×8 digits (nothing to downloa
 
     python examples/02_accelerate_loop.py
 
-On several processes, here two on the CPU; `accelerate_configs` has the configurations for GPUs too:
+On several processes, here two on the CPU; without `--cpu`, on two GPUs:
 
     accelerate launch --config_file examples/accelerate_configs/two_processes.yaml \
         examples/02_accelerate_loop.py --cpu

@@ -14,7 +14,6 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-import yaml
 from hub import HubClient, HubServer
 from hub_clients import TOKEN
 from peft import PeftModel
@@ -128,16 +127,13 @@ def test_two_launched_processes_resume_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["two_processes", "fsdp2"])
-def test_two_launched_processes_train_with_the_trainer(tmp_path, name):
-    settings = yaml.safe_load((EXAMPLES / "accelerate_configs" / f"{name}.yaml").read_text())
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    arguments = ("--output_dir", tmp_path / "run", "--max_steps", 20, "--use_cpu")
-    output = run("05_forecasting.py", *arguments, launcher=launched(tmp_path / "config.yaml"))
+def test_two_launched_processes_train_with_the_trainer(tmp_path):
+    launcher = launched(EXAMPLES / "accelerate_configs" / "two_processes.yaml")
+    output = run("05_forecasting.py", "--output_dir", tmp_path, "--max_steps", 20, "--use_cpu", launcher=launcher)
     before, after = before_and_after("mean squared error", output)
     assert after < before
     assert output.count("trainable: ") == 1  # the main process speaks for both
-    assert (tmp_path / "run" / "low_rank" / "model.safetensors").is_file()
+    assert (tmp_path / "low_rank" / "model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")
