@@ -245,7 +245,7 @@ def difference_after_loading(output: str) -> float:
 def test_what_would_be_pushed_is_written_with_its_card(tmp_path):
     output = run("07_push_to_hub.py", "--output_dir", tmp_path, "--max_steps", 25)
     assert difference_after_loading(output) < 1e-4
-    assert "## OIALR" in (tmp_path / "README.md").read_text()
+    assert "<!-- oialr_peft: adapter default -->" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "low_rank" / "README.md").is_file()
     assert output.endswith(f"written to {tmp_path} and {tmp_path / 'low_rank'}\n")
 
