@@ -351,6 +351,7 @@ class OIALRController:
 
     def _count_to_keep(self, name: str, rotation: Rotation) -> Tensor:
         """The directions that the cutoff keeps, or that the bound on the output loss needs if they are more."""
+        assert self.config.cutoff is not None  # set when the configuration is made
         above = count_above(rotation.singular_values, self.config.cutoff)
         if self.config.max_output_loss is None:
             return above
