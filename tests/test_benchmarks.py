@@ -29,7 +29,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 BERT = ("--layers", 1, "--hidden", 64, "--repeats", 2)
@@ -414,6 +414,31 @@ def test_text_is_split_and_packed(tmp_path, summaries):
     rows = torch.arange(5)[:, None]
     drawn = torch.cat(list(itertools.islice(text.batches(rows, 2, seed=0), 5))).flatten().tolist()
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_adaptation_has_a_row_for_every_method(tmp_path, summaries):
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "<s>", *(f"word{j}" for j in range(30))])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>")
+    fast.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(tmp_path)
+    (tmp_path / "other.txt").write_text("\n\n".join(["word1 word2 word3"] * 60))
+    methods = {
+        "full": '{"lr": 0.01}', "lora": '{"r": 2}', "adalora": '{"target_r": 2, "target_modules": ["q_proj"]}',
+        "oialr": '{"residual": true, "init_rank": 4, "update_every": 2}',
+    }  # fmt: skip
+    runs = [part for name, settings in methods.items() for part in ("--run", name, name, settings)]
+    files = ("--model", tmp_path, "--text", summaries, "--other", tmp_path / "other.txt")
+    (found,) = tables(run("adaptation.py", *files, "--steps", 6, "--seeds", 0, "--length", 8, *runs))
+    assert [row.pop("run") for row in found] == list(methods)
+    for row in found:
+        numbers(row, *row)
+    assert len({row["before"] for row in found}) == 1
+    full = found[0]
+    assert numbers(full, "perplexity") < numbers(full, "before")
 
 
 @pytest.mark.slow
