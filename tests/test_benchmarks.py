@@ -217,8 +217,10 @@ def test_checks_has_a_row_for_every_width():
 
 
 @pytest.mark.slow
-def test_stability_has_a_row_for_every_storage_and_distance():
-    (rows,) = tables(run("stability.py", "--layers", 1, "--hidden", 192, "--distances", "0.2,1", "--repeats", 2))
+def test_stability_storage_has_a_row_for_every_storage_and_distance():
+    (rows,) = tables(
+        run("stability_storage.py", "--layers", 1, "--hidden", 192, "--distances", "0.2,1", "--repeats", 2)
+    )
     assert [row.pop("storage") for row in rows] == 2 * ["full", "sketch", "bf16", "cpu"]
     for row in rows:
         numbers(row, *row)
@@ -243,15 +245,64 @@ def test_the_scaling_script():
         assert table
 
 
-@pytest.mark.slow
-def test_pretraining_compares_dense_and_oialr_on_images(tmp_path):
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A parquet file of random images with labels."""
     images = [
         Image.fromarray(np.random.default_rng(i).integers(256, size=(32, 32, 3), dtype=np.uint8)) for i in range(60)
     ]
     features = Features({"img": datasets.Image(), "label": Value("int64")})
-    Dataset.from_dict({"img": images, "label": [i % 10 for i in range(60)]}, features=features).to_parquet(
-        tmp_path / "images.parquet"
+    table = Dataset.from_dict({"img": images, "label": [i % 10 for i in range(60)]}, features=features)
+    table.to_parquet(tmp_path / "images.parquet")
+    return tmp_path / "images.parquet"
+
+
+@pytest.mark.slow
+def test_stability_of_every_layer_is_recorded_and_drawn(tmp_path, pictures):
+    size = (
+        "--images",
+        40,
+        "--validation",
+        20,
+        "--batch",
+        8,
+        "--steps",
+        20,
+        "--hidden",
+        16,
+        "--layers",
+        1,
+        "--patch",
+        8,
     )
+    files = ("--data", pictures, "--plot", tmp_path / "plot.svg", "--output", tmp_path / "found.json")
+    curve, layers = tables(run("stability.py", *files, *size, "--heads", 2, "--every", 0.25))
+    assert [row["step"] for row in curve] == ["5", "10", "15", "20"]
+    for row in curve:
+        numbers(row, *row)
+    for row in layers:
+        numbers(row, "least Stability", "at step", "last")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["layers"]) == len(layers) == 6  # q, k, v, o and the two of the MLP
+    for name in ("stability", "similarity", "distance"):
+        assert np.array(found[name]).shape == (6, 4)
+    assert np.all(np.array(found["stability"]) <= 1)
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+def test_mixing_is_compared_by_an_r_that_is_unique():
+    stability = load("stability.py")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 4, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    for first, second in ((weight, rotation @ weight), (weight.T, (rotation @ weight).T)):
+        torch.testing.assert_close(stability.mixing(first), stability.mixing(second))
+    assert stability.settled([0.5, 0.99, 0.94, 0.96, 0.995]) == 3
+    assert stability.settled([0.5, 0.96, 0.94]) == 3  # not yet
+
+
+@pytest.mark.slow
+def test_pretraining_compares_dense_and_oialr_on_images(tmp_path, pictures):
     size = ("--images", 40, "--validation", 20, "--steps", 20, "--hidden", 32, "--layers", 1, "--patch", 8)
     runs = (
         "--run",
@@ -264,7 +315,7 @@ def test_pretraining_compares_dense_and_oialr_on_images(tmp_path):
         '{"cutoff": 0.5, "delay": 2, "stability_threshold": 0.1}',
     )
     output = run(
-        "pretraining.py", "--data", tmp_path / "images.parquet", *size, *runs, "--seeds", 0, 1,
+        "pretraining.py", "--data", pictures, *size, *runs, "--seeds", 0, 1,
         "--output", tmp_path / "runs.jsonl",
     )  # fmt: skip
     (rows,) = tables(output)
