@@ -22,10 +22,13 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+from peft import TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from oialr_peft import OIALRController
+from oialr_peft import OIALRConfig, OIALRController
 
 Job = tuple[str, str, dict[str, Any], int, argparse.Namespace]  # name, method, settings, seed, options of the script
 
@@ -144,6 +147,18 @@ def jobs_of(args: argparse.Namespace, methods: Collection[str]) -> list[Job]:
                 f"{method!r}. Name, method and settings follow each other."
             )
     return [(name, method, json.loads(text), seed, args) for seed in args.seeds for name, method, text in args.run]
+
+
+def adapted(model: nn.Module, method: str, settings: dict[str, Any], task: TaskType, steps: int) -> Any:
+    """The model with an adapter of the method (`oialr`, or one of PEFT by its name); `full` leaves it as it is."""
+    if method == "full":
+        return model
+    if method == "oialr":
+        return get_peft_model(model, OIALRConfig(task_type=task, **settings))
+    if method == "adalora":
+        settings = {"total_step": steps, **settings}
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
+    return get_peft_model(model, config(task_type=task, **settings))
 
 
 def checked(controller: Any, step: int, probe: Callable[[], float]) -> tuple[Any, float, float]:

@@ -28,14 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import checked, parser, print_spreads, start, trained, training_options
-from peft import TaskType, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import PeftType
+from common import adapted, checked, parser, print_spreads, start, trained, training_options
+from peft import TaskType
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
-from oialr_peft import OIALRConfig, OIALRController
+from oialr_peft import OIALRController
 
 PROBE = 64  # texts of the fixed batch on which jumps are measured
 
@@ -69,19 +67,6 @@ class Task:
         return dict(tokenizer(texts, truncation=True, max_length=length, padding="max_length", return_tensors="pt"))
 
 
-def adapted(model: nn.Module, method: str, settings: dict[str, Any], steps: int) -> Any:
-    """The model with an adapter of the method; `full` leaves it as it is."""
-    if method == "full":
-        return model
-    common = {"task_type": TaskType.SEQ_CLS}
-    if method == "oialr":
-        return get_peft_model(model, OIALRConfig(**common, **settings))
-    if method == "adalora":
-        settings = {"total_step": steps, **settings}
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
-    return get_peft_model(model, config(**common, **settings))
-
-
 def batch_of(tokens: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     return {name: values[rows] for name, values in tokens.items()}
 
@@ -104,7 +89,7 @@ def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Names
     lr = settings.pop("lr", args.lr)
     base = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(task.labels))
     dense = sum(p.numel() for p in base.parameters())
-    model = adapted(base, method, settings, args.steps).train()
+    model = adapted(base, method, settings, TaskType.SEQ_CLS, args.steps).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.01)
     scheduler = get_linear_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     controller = OIALRController(model, optimizer, total_steps=args.steps) if method == "oialr" else None

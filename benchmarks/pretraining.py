@@ -4,8 +4,8 @@ r"""Images from scratch: dense training against OIALR with the same budget, on C
         --run dense dense '{"lr": 0.002}' --run stable oialr '{"cutoff": 0.35}'
 
 Each `--run` is a name, a method (`dense` or `oialr`) and the settings of `OIALRConfig` as JSON; "lr" among them is the learning
-rate. Each is trained with every seed of `--seeds`. The model is a vision transformer, AdamW with a linear warm-up and a cosine decay; validation images are split off
-the training file. Printed are means and standard deviations over seeds:
+rate. Each is trained with every seed of `--seeds`. The model is a vision transformer, AdamW with a linear warm-up and a cosine
+decay; validation images are split off the training file. Printed are means and standard deviations over seeds:
 
 accuracy      of the last evaluation
 trainable     percent of the dense model's parameters: mean over all steps, and after the last
@@ -19,21 +19,18 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import time
-from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from common import checked, parser, print_spreads, start, trained, training_options
+from common import Job, Training, jobs_of, parser, print_spreads, start, trained, training_options
 from datasets import load_dataset
 from peft import get_peft_model
 from PIL import Image
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
+from transformers import ViTConfig, ViTForImageClassification
 
-from oialr_peft import OIALRConfig, OIALRController
+from oialr_peft import OIALRConfig
 
 PROBE = 256  # images of the fixed batch on which jumps are measured
 
@@ -58,7 +55,7 @@ def vit(args: argparse.Namespace) -> ViTForImageClassification:
         ViTConfig(
             hidden_size=args.hidden,
             num_hidden_layers=args.layers,
-            num_attention_heads=max(1, args.hidden // 32),
+            num_attention_heads=args.heads or max(1, args.hidden // 32),
             intermediate_size=4 * args.hidden,
             image_size=32,
             patch_size=args.patch,
@@ -72,6 +69,12 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     x = x if torch.rand((), generator=generator) < 0.5 else x.flip(-1)
     down, right = torch.randint(9, (2,), generator=generator).tolist()
     return nn.functional.pad(x, (4, 4, 4, 4))[..., down : down + 32, right : right + 32]
+
+
+def loss_of_batch(model: nn.Module, x: Tensor, y: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Loss of a random batch of augmented images."""
+    batch = torch.randint(len(x), (size,), generator=generator)
+    return nn.functional.cross_entropy(model(augmented(x[batch], generator)).logits, y[batch])
 
 
 @torch.no_grad()
@@ -96,75 +99,54 @@ def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Names
         model = get_peft_model(model, OIALRConfig(pretraining=True, **settings))
     model.train()
     total = sum(p.numel() for p in model.parameters())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.05)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
-    controller = OIALRController(model, optimizer, total_steps=args.steps) if method == "oialr" else None
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=args.decay)
     generator = torch.Generator().manual_seed(seed)
-    loss_of = nn.CrossEntropyLoss()
 
     @torch.no_grad()
     def probe() -> float:
-        return loss_of(model(x[:PROBE]).logits, y[:PROBE]).item()
+        return nn.functional.cross_entropy(model(x[:PROBE]).logits, y[:PROBE]).item()
 
-    jumps, trainable, curve, seconds = [0.0], [], [], 0.0
-    percent = 100.0
+    training = Training(model, optimizer, args.steps, total=total, adaptive=method == "oialr", probe=probe)
+    curve = []
     for step in range(1, args.steps + 1):
-        started = time.perf_counter()
-        batch = torch.randint(len(x), (args.batch,), generator=generator)
-        loss_of(model(augmented(x[batch], generator)).logits, y[batch]).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        seconds += time.perf_counter() - started
-        if controller is not None:
-            update, jump, took = checked(controller, step, probe)
-            seconds += took
-            if update is not None:
-                percent = update.trainable_percent
-                jumps.append(jump)
-        trainable.append(percent)
+        training.step(lambda: loss_of_batch(model, x, y, args.batch, generator))
         if step % max(1, args.steps // 10) == 0:
             curve.append(round(accuracy(model, *validation), 4))
-    return {
-        "accuracy": curve[-1],
-        "curve": curve,
-        "trainable_mean": round(mean(trainable), 2),
-        "trainable_end": round(percent, 2),
-        "jump": round(max(jumps), 4),
-        "frozen_at": {} if controller is None else {str(u.step): len(u.frozen) for u in controller.history if u.frozen},
-        "parameters": total,
-        "seconds": round(seconds, 1),
-    }
+    return {"accuracy": curve[-1], "curve": curve, "lr": lr, "parameters": total, **training.summary()}
 
 
-def one(job: tuple[str, str, dict[str, Any], int, argparse.Namespace]) -> dict[str, Any]:
+def one(job: Job) -> dict[str, Any]:
     """What is kept of a run."""
     name, method, settings, seed, args = job
-    sizes = {key: getattr(args, key) for key in ("images", "steps", "lr", "hidden", "layers", "patch")}
+    sizes = {key: getattr(args, key) for key in ("images", "steps", "batch", "decay", "hidden", "layers", "patch")}
     described = {"method": method, "settings": settings, "seed": seed, **sizes}
     return {"run": name, **described, **train(method, settings, seed, args)}
 
 
-def main() -> None:
-    options = parser(__doc__, repeats=1)
+def model_options(options: argparse.ArgumentParser) -> None:
+    """Options of the images, of the model, and of how it is trained."""
     options.add_argument("--data", required=True, help="parquet file with images and labels")
-    options.add_argument(
-        "--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"), help="see above"
-    )
     options.add_argument("--images", type=int, default=8000)
     options.add_argument("--validation", type=int, default=2000)
     options.add_argument("--steps", type=int, default=1000)
     options.add_argument("--batch", type=int, default=64)
     options.add_argument("--lr", type=float, default=1e-3)
+    options.add_argument("--decay", type=float, default=0.05, help="weight decay")
     options.add_argument("--hidden", type=int, default=128)
     options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--heads", type=int, help="(default: of 32 each)")
     options.add_argument("--patch", type=int, default=4)
+
+
+def main() -> None:
+    options = parser(__doc__, repeats=1)
+    model_options(options)
+    options.add_argument("--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"))
     training_options(options)
     args = options.parse_args()
     start(args)
     images(args.data, args.images, args.validation)  # so that the cache is there
-    jobs = [(name, method, json.loads(text), seed, args) for seed in args.seeds for name, method, text in args.run]
+    jobs = jobs_of(args, ("dense", "oialr"))
     columns = {
         "accuracy": ("accuracy", 4),
         "trainable %, mean": ("trainable_mean", 1),

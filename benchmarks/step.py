@@ -7,7 +7,7 @@ configurations: `bert` (BERT-base, 2 classes), `gpt2` (GPT-2 small), `llama-1b` 
 
 All methods adapt all linear layers but the head. OIALR is factored from the start at a quarter of full rank; OSF trains
 a quarter of its directions. The row "still dense" has OIALR's first phase, without the stored bases, whose size
-`stability.py` shows. No check of OIALR falls into the steps that are timed; `checks.py` has their cost. Weights
+`stability_storage.py` shows. No check of OIALR falls into the steps that are timed; `checks.py` has their cost. Weights
 are in float32; another `--dtype` is that of autocast.
 """
 

@@ -69,17 +69,20 @@ def batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
 
 
 def loss_on(model: nn.Module, rows: Tensor) -> Tensor:
-    """Mean loss of the next token, with gradient."""
+    """What is trained on: the mean loss of the next token, and what the model's adapter adds to it, with gradient."""
     return model(input_ids=rows, labels=rows, use_cache=False).loss
 
 
 @torch.no_grad()
 def evaluated(model: nn.Module, rows: Tensor, size: int) -> float:
-    """Mean loss of the next token over all rows, in evaluation mode."""
+    """Mean loss of the next token over all rows and nothing else, in evaluation mode."""
     model.eval()
-    total = sum(loss_on(model, part).item() * len(part) for part in rows.split(size))
+    total = 0.0
+    for part in rows.split(size):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1]
+        total += nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
     model.train()
-    return total / len(rows)
+    return total / rows[:, 1:].numel()
 
 
 def step_and_peak(training: Training, loss: Callable[[], Tensor], device: torch.device) -> tuple[Any, int]:

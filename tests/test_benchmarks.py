@@ -29,7 +29,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 BERT = ("--layers", 1, "--hidden", 64, "--repeats", 2)
@@ -118,6 +118,19 @@ def test_a_ratio_is_the_median_over_rounds():
     assert timings.ratio("factored", "dense") == 0.5
 
 
+def test_jobs_are_seed_by_seed_and_of_known_methods():
+    common = load("common.py")
+    args = argparse.Namespace(run=[("a", "dense", "{}"), ("b", "oialr", '{"lr": 1}')], seeds=[3, 4])
+    jobs = common.jobs_of(args, ("dense", "oialr"))
+    assert [(name, method, settings, seed) for name, method, settings, seed, _ in jobs] == [
+        (name, method, settings, seed)
+        for seed in (3, 4)
+        for name, method, settings in (("a", "dense", {}), ("b", "oialr", {"lr": 1}))
+    ]
+    with pytest.raises(ValueError, match="must name one of the methods dense, lora, but the method of 'b' is 'oialr'"):
+        common.jobs_of(args, ("dense", "lora"))
+
+
 def test_layer_compares_all_routes_in_every_cell_and_says_what_it_skips():
     sizes = ("--shapes", "32x16,16x16", "--tokens", "8,4096", "--ratios", "0.25,1", "--max-gflop", 0.01)
     output = run("layer.py", *sizes, "--repeats", 2)
@@ -204,8 +217,10 @@ def test_checks_has_a_row_for_every_width():
 
 
 @pytest.mark.slow
-def test_stability_has_a_row_for_every_storage_and_distance():
-    (rows,) = tables(run("stability.py", "--layers", 1, "--hidden", 192, "--distances", "0.2,1", "--repeats", 2))
+def test_stability_storage_has_a_row_for_every_storage_and_distance():
+    (rows,) = tables(
+        run("stability_storage.py", "--layers", 1, "--hidden", 192, "--distances", "0.2,1", "--repeats", 2)
+    )
     assert [row.pop("storage") for row in rows] == 2 * ["full", "sketch", "bf16", "cpu"]
     for row in rows:
         numbers(row, *row)
@@ -230,15 +245,64 @@ def test_the_scaling_script():
         assert table
 
 
-@pytest.mark.slow
-def test_pretraining_compares_dense_and_oialr_on_images(tmp_path):
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A parquet file of random images with labels."""
     images = [
         Image.fromarray(np.random.default_rng(i).integers(256, size=(32, 32, 3), dtype=np.uint8)) for i in range(60)
     ]
     features = Features({"img": datasets.Image(), "label": Value("int64")})
-    Dataset.from_dict({"img": images, "label": [i % 10 for i in range(60)]}, features=features).to_parquet(
-        tmp_path / "images.parquet"
+    table = Dataset.from_dict({"img": images, "label": [i % 10 for i in range(60)]}, features=features)
+    table.to_parquet(tmp_path / "images.parquet")
+    return tmp_path / "images.parquet"
+
+
+@pytest.mark.slow
+def test_stability_of_every_layer_is_recorded_and_drawn(tmp_path, pictures):
+    size = (
+        "--images",
+        40,
+        "--validation",
+        20,
+        "--batch",
+        8,
+        "--steps",
+        20,
+        "--hidden",
+        16,
+        "--layers",
+        1,
+        "--patch",
+        8,
     )
+    files = ("--data", pictures, "--plot", tmp_path / "plot.svg", "--output", tmp_path / "found.json")
+    curve, layers = tables(run("stability.py", *files, *size, "--heads", 2, "--every", 0.25))
+    assert [row["step"] for row in curve] == ["5", "10", "15", "20"]
+    for row in curve:
+        numbers(row, *row)
+    for row in layers:
+        numbers(row, "least Stability", "at step", "last")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["layers"]) == len(layers) == 6  # q, k, v, o and the two of the MLP
+    for name in ("stability", "similarity", "distance"):
+        assert np.array(found[name]).shape == (6, 4)
+    assert np.all(np.array(found["stability"]) <= 1)
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+def test_mixing_is_compared_by_an_r_that_is_unique():
+    stability = load("stability.py")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 4, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    for first, second in ((weight, rotation @ weight), (weight.T, (rotation @ weight).T)):
+        torch.testing.assert_close(stability.mixing(first), stability.mixing(second))
+    assert stability.settled([0.5, 0.99, 0.94, 0.96, 0.995]) == 3
+    assert stability.settled([0.5, 0.96, 0.94]) == 3  # not yet
+
+
+@pytest.mark.slow
+def test_pretraining_compares_dense_and_oialr_on_images(tmp_path, pictures):
     size = ("--images", 40, "--validation", 20, "--steps", 20, "--hidden", 32, "--layers", 1, "--patch", 8)
     runs = (
         "--run",
@@ -251,7 +315,7 @@ def test_pretraining_compares_dense_and_oialr_on_images(tmp_path):
         '{"cutoff": 0.5, "delay": 2, "stability_threshold": 0.1}',
     )
     output = run(
-        "pretraining.py", "--data", tmp_path / "images.parquet", *size, *runs, "--seeds", 0, 1,
+        "pretraining.py", "--data", pictures, *size, *runs, "--seeds", 0, 1,
         "--output", tmp_path / "runs.jsonl",
     )  # fmt: skip
     (rows,) = tables(output)
@@ -330,34 +394,14 @@ def test_forecasting_splits_and_standardizes_as_the_literature_does(tmp_path):
         forecasting.Series.read(tmp_path / "series.csv", 8)
 
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "another",
-    "dog",
-    "run",
-    "over",
-    "some",
-    "green",
-    "hill",
-    "to",
-    "its",
-    "house",
-]
-
-
 @pytest.fixture
 def summaries(tmp_path: Path) -> Path:
     """Documents of random words, title to text."""
     generator = np.random.default_rng(0)
     path = tmp_path / "summaries.json"
-    path.write_text(json.dumps({f"title {i}": " ".join(generator.choice(WORDS, 40)) for i in range(60)}))
+    path.write_text(
+        json.dumps({f"title {i}": " ".join(f"word{j}" for j in generator.integers(30, size=40)) for i in range(60)})
+    )
     return path
 
 
@@ -383,8 +427,6 @@ def test_language_has_a_row_for_every_method(tmp_path, summaries):
         assert found["lr"] == (0.01 if name == "lora" else 0.002)
     assert kept["oialr"]["trainable_end"] < 100 == kept["galore"]["trainable_end"]
     assert kept["lora"]["tflop"] < kept["dense"]["tflop"] < kept["galore"]["tflop"]
-    with pytest.raises(AssertionError, match="dense, galore, lora, oialr"):
-        run("language.py", "--text", summaries, "--run", "ours", "olora", "{}")
 
 
 @pytest.mark.parametrize("method", ["dense", "oialr", "lora", "galore"])
@@ -423,6 +465,31 @@ def test_text_is_split_and_packed(tmp_path, summaries):
     rows = torch.arange(5)[:, None]
     drawn = torch.cat(list(itertools.islice(text.batches(rows, 2, seed=0), 5))).flatten().tolist()
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_adaptation_has_a_row_for_every_method(tmp_path, summaries):
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "<s>", *(f"word{j}" for j in range(30))])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>")
+    fast.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(tmp_path)
+    (tmp_path / "other.txt").write_text("\n\n".join(["word1 word2 word3"] * 60))
+    methods = {
+        "full": '{"lr": 0.01}', "lora": '{"r": 2}', "adalora": '{"target_r": 2, "target_modules": ["q_proj"]}',
+        "oialr": '{"residual": true, "init_rank": 4, "update_every": 2}',
+    }  # fmt: skip
+    runs = [part for name, settings in methods.items() for part in ("--run", name, name, settings)]
+    files = ("--model", tmp_path, "--text", summaries, "--other", tmp_path / "other.txt")
+    (found,) = tables(run("adaptation.py", *files, "--steps", 6, "--seeds", 0, "--length", 8, *runs))
+    assert [row.pop("run") for row in found] == list(methods)
+    for row in found:
+        numbers(row, *row)
+    assert len({row["before"] for row in found}) == 1
+    full = found[0]
+    assert numbers(full, "perplexity") < numbers(full, "before")
 
 
 @pytest.mark.slow
