@@ -77,6 +77,45 @@ def adapter_file(source: str, subfolder: str | None = None, **hub: Any) -> Path 
         ) from error
 
 
+def layer_of_key(key: str) -> tuple[str, str]:
+    """Full module name and part ("weight", "u", "sigma", "vh") that a key of an adapter's file is of; "" if of no layer.
+
+    >>> layer_of_key("base_model.model.encoder.0.query.oialr_sigma")
+    ('encoder.0.query', 'sigma')
+    """
+    module, _, part = key.removeprefix(_ADAPTER_PREFIX).rpartition(".oialr_")
+    return module, part
+
+
+def adapter_tensors(path: str | os.PathLike[str]) -> dict[str, dict[str, StoredTensor]]:
+    """The stored parts of each layer of an adapter, by full module name.
+
+    Raises:
+        ValueError: as `tensors_in`.
+    """
+    layers: dict[str, dict[str, StoredTensor]] = {}
+    for key, stored in tensors_in(path).items():
+        module, part = layer_of_key(key)
+        if module:
+            layers.setdefault(module, {})[part] = stored
+    return layers
+
+
+def low_rank_tensors(paths: Iterable[str | os.PathLike[str]]) -> dict[str, dict[str, StoredTensor]]:
+    """The factors of each layer of a standalone checkpoint, by full module name.
+
+    Raises:
+        ValueError: as `tensors_in`.
+    """
+    layers: dict[str, dict[str, StoredTensor]] = {}
+    for path in paths:
+        for key, stored in tensors_in(path).items():
+            module, _, part = key.rpartition(".")
+            if part in PARTS:
+                layers.setdefault(module, {})[part] = stored
+    return {name: found for name, found in layers.items() if set(found) == set(PARTS)}
+
+
 def check_adapter_file(
     path: str | os.PathLike[str], ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]
 ) -> None:
@@ -91,11 +130,7 @@ def check_adapter_file(
         ValueError: a layer has neither a weight nor the three factors, a shape or a rank does not fit, a tensor is not
             floating-point, or some layers are missing. The message names the file and the tensor.
     """
-    layers: dict[str, dict[str, StoredTensor]] = {}
-    for key, stored in tensors_in(path).items():
-        module, _, part = key.removeprefix(_ADAPTER_PREFIX).rpartition(".oialr_")
-        if module:
-            layers.setdefault(module, {})[part] = stored
+    layers = adapter_tensors(path)
     for name, found in layers.items():
         _check_layer(f"{_ADAPTER_PREFIX}{name}.oialr_", found, ranks.get(name), shapes.get(name))
     for name, rank in ranks.items():
@@ -130,15 +165,8 @@ def check_low_rank_files(paths: Iterable[str], ranks: Mapping[str, int]) -> None
     Raises:
         ValueError: as `check_adapter_file`.
     """
-    layers: dict[str, dict[str, StoredTensor]] = {}
-    for path in paths:
-        for key, stored in tensors_in(path).items():
-            module, _, part = key.rpartition(".")
-            if part in PARTS:
-                layers.setdefault(module, {})[part] = stored
-    for name, found in layers.items():
-        if set(found) == set(PARTS):
-            _check_layer(f"{name}.", found, ranks.get(name), None)
+    for name, found in low_rank_tensors(paths).items():
+        _check_layer(f"{name}.", found, ranks.get(name), None)
 
 
 def _check_layer(
@@ -157,7 +185,7 @@ def _check_layer(
     dense = "weight" in found
     size = found["weight"].shape[:1] if dense else found["sigma"].shape[:1]
     stored_rank = size[0] if size and not dense else None
-    m, n = shape or _outer_sizes(found)
+    m, n = shape or outer_sizes(found)
     fits = {"weight": (m, n), "u": (m, stored_rank), "sigma": (stored_rank, stored_rank), "vh": (stored_rank, n)}
     for part, stored in found.items():
         if stored.shape != fits[part]:
@@ -175,7 +203,7 @@ def _check_layer(
         )
 
 
-def _outer_sizes(found: Mapping[str, StoredTensor]) -> tuple[int, int]:
+def outer_sizes(found: Mapping[str, StoredTensor]) -> tuple[int, int]:
     """Sizes (m, n) by the stored tensors alone; 0 where they have no such dimension."""
     tall, wide = (found["weight"],) * 2 if "weight" in found else (found["u"], found["vh"])
     return (tall.shape or (0,))[0], (wide.shape or (0,))[-1]
