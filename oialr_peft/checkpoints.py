@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,33 +87,37 @@ def layer_of_key(key: str) -> tuple[str, str]:
     return module, part
 
 
-def adapter_tensors(path: str | os.PathLike[str]) -> dict[str, dict[str, StoredTensor]]:
-    """The stored parts of each layer of an adapter, by full module name.
+def low_rank_layer_of_key(key: str) -> tuple[str, str]:
+    """Full module name and part that a key of a standalone checkpoint is of; "" if it is no factor."""
+    module, _, part = key.rpartition(".")
+    return (module, part) if part in PARTS else ("", part)
 
-    Raises:
-        ValueError: as `tensors_in`.
+
+def by_layer(
+    tensors: Mapping[str, StoredTensor], layer_of: Callable[[str], tuple[str, str]]
+) -> dict[str, dict[str, StoredTensor]]:
+    """The stored parts of each layer, by full module name.
+
+    Args:
+        tensors: by their names in the file.
+        layer_of: `layer_of_key` or `low_rank_layer_of_key`.
     """
     layers: dict[str, dict[str, StoredTensor]] = {}
-    for key, stored in tensors_in(path).items():
-        module, part = layer_of_key(key)
-        if module:
-            layers.setdefault(module, {})[part] = stored
+    for key, stored in tensors.items():
+        name, part = layer_of(key)
+        if name:
+            layers.setdefault(name, {})[part] = stored
     return layers
 
 
-def low_rank_tensors(paths: Iterable[str | os.PathLike[str]]) -> dict[str, dict[str, StoredTensor]]:
-    """The factors of each layer of a standalone checkpoint, by full module name.
+def layer_sizes(name: str, found: Mapping[str, StoredTensor]) -> tuple[int, int, int | None]:
+    """Sizes m, n and rank of a stored layer; the rank of a dense one is `None`.
 
     Raises:
-        ValueError: as `tensors_in`.
+        ValueError: its parts do not fit each other.
     """
-    layers: dict[str, dict[str, StoredTensor]] = {}
-    for path in paths:
-        for key, stored in tensors_in(path).items():
-            module, _, part = key.rpartition(".")
-            if part in PARTS:
-                layers.setdefault(module, {})[part] = stored
-    return {name: found for name, found in layers.items() if set(found) == set(PARTS)}
+    _check_layer(f"{name}.", found, None, None)
+    return *_outer_sizes(found), None if "weight" in found else found["sigma"].shape[0]
 
 
 def check_adapter_file(
@@ -130,7 +134,7 @@ def check_adapter_file(
         ValueError: a layer has neither a weight nor the three factors, a shape or a rank does not fit, a tensor is not
             floating-point, or some layers are missing. The message names the file and the tensor.
     """
-    layers = adapter_tensors(path)
+    layers = by_layer(tensors_in(path), layer_of_key)
     for name, found in layers.items():
         _check_layer(f"{_ADAPTER_PREFIX}{name}.oialr_", found, ranks.get(name), shapes.get(name))
     for name, rank in ranks.items():
@@ -165,8 +169,10 @@ def check_low_rank_files(paths: Iterable[str], ranks: Mapping[str, int]) -> None
     Raises:
         ValueError: as `check_adapter_file`.
     """
-    for name, found in low_rank_tensors(paths).items():
-        _check_layer(f"{name}.", found, ranks.get(name), None)
+    tensors = {key: stored for path in paths for key, stored in tensors_in(path).items()}
+    for name, found in by_layer(tensors, low_rank_layer_of_key).items():
+        if set(found) == set(PARTS):
+            _check_layer(f"{name}.", found, ranks.get(name), None)
 
 
 def _check_layer(
@@ -185,7 +191,7 @@ def _check_layer(
     dense = "weight" in found
     size = found["weight"].shape[:1] if dense else found["sigma"].shape[:1]
     stored_rank = size[0] if size and not dense else None
-    m, n = shape or outer_sizes(found)
+    m, n = shape or _outer_sizes(found)
     fits = {"weight": (m, n), "u": (m, stored_rank), "sigma": (stored_rank, stored_rank), "vh": (stored_rank, n)}
     for part, stored in found.items():
         if stored.shape != fits[part]:
@@ -203,7 +209,7 @@ def _check_layer(
         )
 
 
-def outer_sizes(found: Mapping[str, StoredTensor]) -> tuple[int, int]:
+def _outer_sizes(found: Mapping[str, StoredTensor]) -> tuple[int, int]:
     """Sizes (m, n) by the stored tensors alone; 0 where they have no such dimension."""
     tall, wide = (found["weight"],) * 2 if "weight" in found else (found["u"], found["vh"])
     return (tall.shape or (0,))[0], (wide.shape or (0,))[-1]

@@ -124,15 +124,24 @@ def write_record(record: RunRecord, directory: str | os.PathLike[str]) -> None:
     unfinished.replace(Path(directory, RECORD_NAME))
 
 
+def checkpoint_step(directory: Path) -> int | None:
+    """The optimizer step in the name of a checkpoint of the Trainer; `None` for another directory.
+
+    >>> checkpoint_step(Path("runs/checkpoint-20")), checkpoint_step(Path("runs"))
+    (20, None)
+    """
+    name = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", directory.name)
+    return int(name[1]) if name else None
+
+
 def find_record(run: str | os.PathLike[str]) -> Path:
     """The record of a run's directory: its own, or that of its last checkpoint that has one.
 
     Raises:
         ValueError: there is none.
     """
-    checkpoints = Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    numbered = [path for path in checkpoints if re.fullmatch(r"\d+", path.name.rpartition("-")[2])]
-    numbered.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    found = [(step, path) for path in Path(run).glob("*") if (step := checkpoint_step(path)) is not None]
+    numbered = [path for _, path in sorted(found, reverse=True)]
     for directory in (Path(run), *numbered):
         if (directory / RECORD_NAME).is_file():
             return directory / RECORD_NAME
@@ -153,7 +162,7 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
     if not isinstance(data, dict):
         raise ValueError(f"`{path}` must hold an object, but holds a {type(data).__name__}. {_REMEDY}")
     version = data.get("format_version")
-    if _is_count(version) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
             f"`{path}` has format {version}; this release reads up to {FORMAT_VERSION}. Upgrade oialr-peft."
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from enum import Enum
@@ -24,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from oialr_peft.card import Run
 from oialr_peft.checkpoints import check_adapter_directory
@@ -32,7 +31,7 @@ from oialr_peft.config import OIALRConfig
 from oialr_peft.controller import OIALRController
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.model import active_adapter, saved_model
-from oialr_peft.record import RunRecord, finite_numbers, is_model_metric, write_record
+from oialr_peft.record import RunRecord, checkpoint_step, finite_numbers, is_model_metric, write_record
 
 STATE_NAME = "oialr_state.safetensors"
 
@@ -320,9 +319,9 @@ class OIALRTrainer(OIALRTrainerMixin, Trainer):
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The checkpoint of the most optimizer steps that was written to its end; `None` when there is none."""
     found = sorted(
-        (int(name.group(1)), path)
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (name := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path.is_dir()
+        (step, path)
+        for path in Path(output_dir).glob("*")
+        if (step := checkpoint_step(path)) is not None and path.is_dir()
     )
     for _, directory in reversed(found):
         if _is_complete(directory):

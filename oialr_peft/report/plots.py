@@ -170,7 +170,8 @@ def draw_ranks(axes: Axes, history: Sequence[OIALRUpdate], palette: Palette = PA
     for update in history:
         known |= {name: after for name, (_, after) in update.ranks.items()}
         ranks.append((update.step, dict(known)))
-    for colour, (label, members) in zip(palette.series, _series(known), strict=False):
+    lines = _series(known)
+    for colour, (label, members) in zip(palette.series, lines, strict=False):
         seen = [(step, [now[name] for name in members if name in now]) for step, now in ranks]
         seen = [(step, values) for step, values in seen if values]
         steps = [step for step, _ in seen]
@@ -178,7 +179,7 @@ def draw_ranks(axes: Axes, history: Sequence[OIALRUpdate], palette: Palette = PA
         axes.plot(steps, means, color=colour, drawstyle="steps-post", marker=".", ms=4, lw=1.8, label=label)
         if len(members) > 1:
             low, high = ([pick(values) for _, values in seen] for pick in (min, max))
-            axes.fill_between(steps, low, high, step="post", color=colour, alpha=0.09, lw=0)
+            axes.fill_between(steps, low, high, step="post", color=colour, alpha=0.05 if len(lines) > 4 else 0.12, lw=0)
     axes.set_xlim(0, history[-1].step * 1.02)
     axes.set_ylim(bottom=0)
     _legend(axes, palette)

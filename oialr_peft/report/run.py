@@ -122,8 +122,8 @@ def _notes(record: RunRecord, spectra: Spectra | None) -> list[str]:
     larger = [layer for layer in record.layers if layer.stored_parameters > layer.dense_parameters]
     if larger:
         notes.append(
-            f"{len(larger)} of {len(record.layers)} layers take more room as factors than as a dense weight: their ranks "
-            "are above about half of full rank. A larger `cutoff` or a longer run lowers them."
+            f"Larger as factors than as a dense weight: {len(larger)} of {len(record.layers)} layers, whose ranks are above "
+            "about half of full rank. A larger cutoff or a longer run lowers them."
         )
     if not record.metrics:
         notes.append("The model was not evaluated during the run. Set `eval_strategy` to see metrics over the steps.")
@@ -154,7 +154,7 @@ def _plots(record: RunRecord, spectra: Spectra) -> list[Plot]:
 def _metric_plots(record: RunRecord) -> list[Plot]:
     groups = {"Loss": ["loss", "eval_loss"]}
     groups |= {metric_name(name): [name] for name in record.metrics if name != "eval_loss"}
-    made = []
+    made: list[Plot] = []
     for title, names in list(groups.items())[:MOST_METRICS]:
         curves = {metric_name(name): curve for name in names if (curve := record.curve(name))}
         if curves:

@@ -6,7 +6,7 @@ import io
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -27,7 +27,7 @@ VARIABLES = {
 assert len(THEMED.series) == len(PAPER.series)
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 13,
     "text.parse_math": False,  # names of modules are no formulas
