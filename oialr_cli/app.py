@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from enum import StrEnum
@@ -21,14 +22,15 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
             return super().invoke(ctx)
-        except EXPECTED as error:
-            if ctx.params.get("debug"):
+        except (typer.TyperException, typer.Exit, typer.Abort):  # wrong usage, and ends that a command asked for
+            raise
+        except Exception as error:
+            if ctx.params["debug"]:
                 raise
-            _fail(" ".join(str(error).split()) or type(error).__name__)
-        except RuntimeError as error:
-            if ctx.params.get("debug") or isinstance(error, (typer.Exit, typer.Abort)):
-                raise
-            _fail(f"{type(error).__name__}: {' '.join(str(error).split())} Run `oialr --debug` for the traceback.")
+            text = " ".join(str(error).split())
+            if not (text and isinstance(error, EXPECTED)):
+                text = f"{type(error).__name__}: {text} (`oialr --debug` shows the traceback)"
+            _fail(text)
 
 
 def _fail(message: str) -> None:
@@ -191,4 +193,6 @@ def main() -> None:
     if "--debug" not in sys.argv:
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers as well
     app()

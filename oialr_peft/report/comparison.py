@@ -105,15 +105,16 @@ class Comparison(NamedTuple):
             ImportError: jinja2 or matplotlib is not installed.
         """
         settings = [(name, setting(one), setting(other)) for name, (one, other) in self.differing_settings.items()]
-        header = ("", *self.names)
         return render(
             "comparison.html.jinja",
             title=" and ".join(self.names),
             kind="Two OIALR runs",
             lead=_lead(self),
-            summary=plain_table("figures", "At the end of each run.", header, [found.row for found in self.figures]),
+            summary=plain_table(
+                "figures", "At the end of each run.", ("figure", *self.names), [found.row for found in self.figures]
+            ),
             plots=_plots(self),
-            settings=plain_table("settings", "All others are equal.", header, settings),
+            settings=plain_table("settings", "All others are equal.", ("setting", *self.names), settings),
             ranks=self._rank_table(),
         )
 
@@ -156,11 +157,11 @@ def _plots(found: Comparison) -> list[Plot]:
     made: list[Plot] = []
     labelled = list(zip(found.names, found.records, strict=True))
     for name in dict.fromkeys(name for record in found.records for name in ("loss", *record.metrics)):
-        curves = {label: curve for label, record in labelled if (curve := record.curve(name))}
-        if curves:
+        curves = {label: record.curve(name) for label, record in labelled}
+        if any(curves.values()):
             made.append(_curve_plot(f"metric-{len(made)}", metric_name(name), curves))
-    histories = {label: record.history for label, record in labelled if record.history}
-    if histories:
+    histories = {label: record.history for label, record in labelled}
+    if any(histories.values()):
         made.append(
             plot(
                 "trainable",
@@ -173,5 +174,5 @@ def _plots(found: Comparison) -> list[Plot]:
 
 
 def _curve_plot(key: str, title: str, curves: Mapping[str, plots.Curve]) -> Plot:
-    last = " and ".join(f"{label} {figure(curve[max(curve)])}" for label, curve in curves.items())
+    last = " and ".join(f"{label} {figure(curve[max(curve)])}" for label, curve in curves.items() if curve)
     return plot(key, title, f"Last: {last}.", lambda axes, *how: plots.draw_curves(axes, curves, title, (), *how))

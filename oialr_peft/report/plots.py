@@ -191,6 +191,8 @@ def draw_trainable(
     """Share of trainable parameters after each check, of one or several runs."""
     _style(axes, palette, room, "Trainable parameters", "% of the dense model")
     for colour, (label, history) in zip(palette.series, runs.items(), strict=False):
+        if not history:
+            continue
         steps, shares = [u.step for u in history], [u.trainable_percent for u in history]
         axes.plot(steps, shares, color=colour, drawstyle="steps-post", marker=".", ms=4, lw=1.8, label=label)
         if len(runs) == 1:
@@ -246,6 +248,8 @@ def draw_curves(
     """Curves over the optimizer steps; checks are ticks at the bottom, those that factored layers dashed lines."""
     _style(axes, palette, room, title, "")
     for colour, (label, curve) in zip(palette.series, curves.items(), strict=False):
+        if not curve:
+            continue  # its colour stays its own in other plots
         steps = sorted(curve)
         marker = "o" if len(steps) <= 40 else None
         axes.plot(steps, [curve[s] for s in steps], color=colour, lw=1.6, marker=marker, ms=3, label=label)
