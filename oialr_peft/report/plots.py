@@ -261,7 +261,8 @@ def draw_curves(
         checks, bottom = [update.step for update in history], axes.get_xaxis_transform()
         axes.vlines(checks, 0, 0.03, color=palette.ink, lw=1, transform=bottom)
     _scale(axes, [value for curve in curves.values() for value in curve.values()])
-    _legend(axes, palette)
+    if len(curves) > 1:
+        _legend(axes, palette)
 
 
 def draw_spectra(
