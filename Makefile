@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGE := oialr_peft
-SOURCES := $(PACKAGE) tests examples benchmarks
+SOURCES := $(PACKAGE) oialr_cli tests examples benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types doctest test-fast test-slow clean

@@ -59,6 +59,11 @@ class SavedLayer(NamedTuple):
         return self.out_features * self.in_features
 
     @property
+    def rank_or_full(self) -> int:
+        """r, or min(m, n) of a dense layer."""
+        return min(self.out_features, self.in_features) if self.rank is None else self.rank
+
+    @property
     def stored_parameters(self) -> int:
         """(m + n + r)·r, or m·n of a dense layer."""
         if self.rank is None:

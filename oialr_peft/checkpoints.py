@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,49 @@ def adapter_file(source: str, subfolder: str | None = None, **hub: Any) -> Path 
         ) from error
 
 
+def layer_of_key(key: str) -> tuple[str, str]:
+    """Full module name and part ("weight", "u", "sigma", "vh") that a key of an adapter's file is of; "" if of no layer.
+
+    >>> layer_of_key("base_model.model.encoder.0.query.oialr_sigma")
+    ('encoder.0.query', 'sigma')
+    """
+    module, _, part = key.removeprefix(_ADAPTER_PREFIX).rpartition(".oialr_")
+    return module, part
+
+
+def low_rank_layer_of_key(key: str) -> tuple[str, str]:
+    """Full module name and part that a key of a standalone checkpoint is of; "" if it is no factor."""
+    module, _, part = key.rpartition(".")
+    return (module, part) if part in PARTS else ("", part)
+
+
+def by_layer(
+    tensors: Mapping[str, StoredTensor], layer_of: Callable[[str], tuple[str, str]]
+) -> dict[str, dict[str, StoredTensor]]:
+    """The stored parts of each layer, by full module name.
+
+    Args:
+        tensors: by their names in the file.
+        layer_of: `layer_of_key` or `low_rank_layer_of_key`.
+    """
+    layers: dict[str, dict[str, StoredTensor]] = {}
+    for key, stored in tensors.items():
+        name, part = layer_of(key)
+        if name:
+            layers.setdefault(name, {})[part] = stored
+    return layers
+
+
+def layer_sizes(name: str, found: Mapping[str, StoredTensor]) -> tuple[int, int, int | None]:
+    """Sizes m, n and rank of a stored layer; the rank of a dense one is `None`.
+
+    Raises:
+        ValueError: its parts do not fit each other.
+    """
+    _check_layer(f"{name}.", found, None, None)
+    return *_outer_sizes(found), None if "weight" in found else found["sigma"].shape[0]
+
+
 def check_adapter_file(
     path: str | os.PathLike[str], ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]
 ) -> None:
@@ -91,11 +134,7 @@ def check_adapter_file(
         ValueError: a layer has neither a weight nor the three factors, a shape or a rank does not fit, a tensor is not
             floating-point, or some layers are missing. The message names the file and the tensor.
     """
-    layers: dict[str, dict[str, StoredTensor]] = {}
-    for key, stored in tensors_in(path).items():
-        module, _, part = key.removeprefix(_ADAPTER_PREFIX).rpartition(".oialr_")
-        if module:
-            layers.setdefault(module, {})[part] = stored
+    layers = by_layer(tensors_in(path), layer_of_key)
     for name, found in layers.items():
         _check_layer(f"{_ADAPTER_PREFIX}{name}.oialr_", found, ranks.get(name), shapes.get(name))
     for name, rank in ranks.items():
@@ -130,13 +169,8 @@ def check_low_rank_files(paths: Iterable[str], ranks: Mapping[str, int]) -> None
     Raises:
         ValueError: as `check_adapter_file`.
     """
-    layers: dict[str, dict[str, StoredTensor]] = {}
-    for path in paths:
-        for key, stored in tensors_in(path).items():
-            module, _, part = key.rpartition(".")
-            if part in PARTS:
-                layers.setdefault(module, {})[part] = stored
-    for name, found in layers.items():
+    tensors = {key: stored for path in paths for key, stored in tensors_in(path).items()}
+    for name, found in by_layer(tensors, low_rank_layer_of_key).items():
         if set(found) == set(PARTS):
             _check_layer(f"{name}.", found, ranks.get(name), None)
 

@@ -21,6 +21,7 @@ Without gradients there is one product less: ``T (m+n) r`` with Σ folded, or ``
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -87,6 +88,35 @@ def cheapest_route(m: int, n: int, rank: int, tokens: int) -> Route:
     if costs["folded"] > _WORTH_KEEPING * costs["chain"]:
         del costs["folded"]
     return min(costs, key=costs.__getitem__)
+
+
+def route_cost(m: int, n: int, rank: int, tokens: int) -> int:
+    """Multiply-adds of the cheapest route."""
+    costs = {"chain": chain_cost, "folded": folded_cost, "built": built_cost}
+    return costs[cheapest_route(m, n, rank, tokens)](m, n, rank, tokens)
+
+
+def crossover_rank(m: int, n: int, *, beside_base: bool = False) -> float:
+    """The rank below which the chain trains with fewer multiply-adds than a dense layer: ``2(m+n)r + 3r² = 3mn``.
+
+    Args:
+        m, n: sizes of the weight.
+        beside_base: whether the frozen base weight is computed as well, forward and backward for x: ``… = mn``.
+
+    >>> round(crossover_rank(1000, 1000)), round(crossover_rank(4000, 1000))
+    (535, 937)
+    """
+    budget = m * n if beside_base else 3 * m * n
+    return (math.sqrt((m + n) ** 2 + 3 * budget) - (m + n)) / 3
+
+
+def inference_crossover_rank(m: int, n: int) -> float:
+    """The rank below which inference with Σ folded costs less than with a dense weight: ``(m+n) r = mn``.
+
+    >>> inference_crossover_rank(1000, 1000)
+    500.0
+    """
+    return m * n / (m + n)
 
 
 def build(factors: Factors) -> Tensor:

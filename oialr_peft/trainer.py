@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterator
+from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from oialr_peft.card import Run
 from oialr_peft.checkpoints import check_adapter_directory
@@ -30,10 +31,30 @@ from oialr_peft.config import OIALRConfig
 from oialr_peft.controller import OIALRController
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.model import active_adapter, saved_model
+from oialr_peft.record import RunRecord, checkpoint_step, finite_numbers, is_model_metric, write_record
 
 STATE_NAME = "oialr_state.safetensors"
 
-_TIMINGS = ("_runtime", "_per_second", "_time")  # endings of what an evaluation reports of itself, not of the model
+# what a record says of the training: no paths, and nothing secret
+RECORDED_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "bf16",
+    "fp16",
+    "seed",
+)
+RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
 class OIALRCallback(TrainerCallback):
@@ -81,10 +102,30 @@ class OIALRCallback(TrainerCallback):
         self._unlogged = {}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the controller's state into the checkpoint that was just saved."""
+        """Write the controller's state into the checkpoint that was just saved, and the record of the run."""
         directory = _checkpoint_directory(args, state)
         if not args.save_only_model and directory.is_dir():
             self.save(directory)
+        self.record(args, state, directory)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the record of the run, which an evaluation after the training completes."""
+        self.record(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the record of the run."""
+        self.record(args, state)
+
+    def record(self, args: TrainingArguments, state: TrainerState, checkpoint: Path | None = None) -> None:
+        """Write `oialr_history.json` to `output_dir`, and to the checkpoint if there is one; see `record.RunRecord`."""
+        if self.controller is None or not args.should_save:
+            return
+        record = _record_of(self.controller, args, state)
+        write_record(record, args.output_dir or ".")
+        if checkpoint is not None and checkpoint.is_dir():
+            write_record(record, checkpoint)
 
     def start(
         self,
@@ -156,7 +197,7 @@ class _TrainerDrivenCallback(OIALRCallback):
         pass
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        pass
+        self.record(args, state, _checkpoint_directory(args, state))
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -265,9 +306,7 @@ class OIALRTrainerMixin(_MixinBase):
         evaluations = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
         last = evaluations[-1] if evaluations else {}
         metrics = {
-            key: float(value)
-            for key, value in last.items()
-            if key.startswith("eval_") and not key.endswith(_TIMINGS) and isinstance(value, (int, float))
+            key: float(value) for key, value in last.items() if is_model_metric(key) and isinstance(value, (int, float))
         }
         return Run(self.state.global_step, self.oialr_controller.history, metrics)
 
@@ -291,9 +330,9 @@ class OIALRTrainer(OIALRTrainerMixin, Trainer):
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The checkpoint of the most optimizer steps that was written to its end; `None` when there is none."""
     found = sorted(
-        (int(name.group(1)), path)
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (name := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path.is_dir()
+        (step, path)
+        for path in Path(output_dir).glob("*")
+        if (step := checkpoint_step(path)) is not None and path.is_dir()
     )
     for _, directory in reversed(found):
         if _is_complete(directory):
@@ -308,6 +347,23 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return Path(checkpoint, STATE_NAME).is_file()
+
+
+def _record_of(controller: OIALRController, args: TrainingArguments, state: TrainerState) -> RunRecord:
+    saved = saved_model(controller.model, controller.adapter_name)
+    arguments = {name: getattr(args, name, None) for name in RECORDED_ARGUMENTS}
+    return RunRecord(
+        steps=controller.steps,
+        total_steps=controller.schedule.total_steps,
+        adapter_name=controller.adapter_name,
+        model=saved.base_class,
+        settings=controller.config.card_settings(),
+        arguments={name: value.value if isinstance(value, Enum) else value for name, value in arguments.items()},
+        layers=saved.layers,
+        history=controller.history,
+        log=[finite_numbers(entry) for entry in state.log_history],
+        versions={name: version(name) for name in RECORDED_PACKAGES},
+    )
 
 
 def _fill_reference_adapter(model: Any, args: TrainingArguments) -> None:
