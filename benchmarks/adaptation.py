@@ -28,13 +28,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Job, Training, adapted, jobs_of, parser, print_spreads, start, trained, training_options
-from peft import PeftType, TaskType
+from common import (
+    METHODS,
+    Job,
+    Training,
+    adapted,
+    jobs_of,
+    parser,
+    print_spreads,
+    start,
+    trained,
+    training_options,
+    tuned,
+)
+from peft import TaskType
 from text import batches, documents, evaluated, loss_on, packed, split, step_and_peak
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-METHODS = {"full", *(kind.value.lower() for kind in PeftType)}
 
 
 def tokens(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -137,7 +147,7 @@ def main() -> None:
     training_options(options)
     args = options.parse_args()
     start(args)
-    jobs = jobs_of(args, METHODS)
+    jobs = tuned(one, jobs_of(args, METHODS), args, "perplexity", "minimize")
     with tempfile.TemporaryDirectory() as directory:
         args.tokens = str(Path(directory, "tokens.pt"))
         torch.save(tokens(args), args.tokens)

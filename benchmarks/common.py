@@ -32,6 +32,8 @@ from oialr_peft import OIALRConfig, OIALRController
 
 Job = tuple[str, str, dict[str, Any], int, argparse.Namespace]  # name, method, settings, seed, options of the script
 
+METHODS = {"full", *(kind.value.lower() for kind in PeftType)}
+TUNING_SEED = 1000
 SAMPLE_SECONDS = 0.02  # what is faster is called several times per sample, so that the clock does not matter
 
 
@@ -132,6 +134,13 @@ def training_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     made.add_argument("--output", help="file that every run is added to")
+    made.add_argument(
+        "--trials",
+        type=int,
+        default=0,
+        help='tune with so many trials the settings that are written as {"range": [low, high]} (on a logarithmic scale) or '
+        '{"choices": […]}; tuned with seed 1000, which is not among the results',
+    )
 
 
 def jobs_of(args: argparse.Namespace, methods: Collection[str]) -> list[Job]:
@@ -147,6 +156,49 @@ def jobs_of(args: argparse.Namespace, methods: Collection[str]) -> list[Job]:
                 f"{method!r}. Name, method and settings follow each other."
             )
     return [(name, method, json.loads(text), seed, args) for seed in args.seeds for name, method, text in args.run]
+
+
+def tuned(
+    run: Callable[[Any], dict[str, Any]], jobs: Sequence[Job], args: argparse.Namespace, objective: str, direction: str
+) -> list[Job]:
+    """The jobs with their settings tuned: as many trials for each run that has something to tune.
+
+    Args:
+        run: trains one job.
+        jobs: of all runs and seeds.
+        args: `--trials`, and what `run` needs.
+        objective: key of the result that is tuned for.
+        direction: `"minimize"` or `"maximize"`.
+    """
+    best: dict[str, dict[str, Any]] = {}
+    for name, method, settings, _, _ in jobs:
+        if name in best or not any(map(_is_open, settings.values())):
+            best.setdefault(name, settings)
+            continue
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=0))
+        for _ in range(args.trials):
+            trial = study.ask()
+            tried = {key: _suggested(trial, key, value) for key, value in settings.items()}
+            result = run((f"{name}, trial {trial.number}", method, tried, TUNING_SEED, args))
+            _keep(result, args)
+            study.tell(trial, result[objective])
+        best[name] = {key: study.best_params.get(key, value) for key, value in settings.items()}
+    return [(name, method, best[name], seed, args) for name, method, _, seed, args in jobs]
+
+
+def _is_open(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() <= {"range", "choices"}
+
+
+def _suggested(trial: Any, name: str, value: Any) -> Any:
+    if not _is_open(value):
+        return value
+    if "choices" in value:
+        return trial.suggest_categorical(name, value["choices"])
+    return trial.suggest_float(name, *value["range"], log=True)
 
 
 def adapted(model: nn.Module, method: str, settings: dict[str, Any], task: TaskType, steps: int) -> Any:
@@ -254,14 +306,19 @@ def trained(
     pool = multiprocessing.get_context("spawn").Pool(args.jobs)
     for result in pool.imap(run, jobs):
         found.append(result)
-        line = json.dumps(result)
-        print(line, flush=True)
-        if args.output:
-            with Path(args.output).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        _keep(result, args)
     pool.close()
     pool.join()
     return found
+
+
+def _keep(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print a result, and add it to `--output`."""
+    line = json.dumps(result)
+    print(line, flush=True)
+    if args.output:
+        with Path(args.output).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def print_spreads(

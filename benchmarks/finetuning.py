@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import random
 import tempfile
 import time
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import adapted, checked, parser, print_spreads, start, trained, training_options
+from common import METHODS, adapted, checked, jobs_of, parser, print_spreads, start, trained, training_options, tuned
 from peft import TaskType
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
@@ -166,7 +165,7 @@ def main() -> None:
     training_options(options)
     args = options.parse_args()
     start(args)
-    jobs = [(name, method, json.loads(text), seed, args) for seed in args.seeds for name, method, text in args.run]
+    jobs = tuned(one, jobs_of(args, METHODS), args, "accuracy", "maximize")
     columns = {
         "accuracy": ("accuracy", 4),
         "trainable %": ("trainable", 2),

@@ -31,7 +31,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import Job, Training, jobs_of, parser, print_spreads, start, trained, training_options
+from common import Job, Training, jobs_of, parser, print_spreads, start, trained, training_options, tuned
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoformerConfig, AutoformerModel
@@ -225,7 +225,7 @@ def main() -> None:
     training_options(options)
     args = options.parse_args()
     start(args)
-    jobs = jobs_of(args, ("dense", "oialr"))
+    jobs = tuned(one, jobs_of(args, ("dense", "oialr")), args, "mse", "minimize")
     columns = {
         "MSE, best": ("mse", 4),
         "MAE": ("mae", 4),

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Job, Training, jobs_of, parser, print_spreads, start, trained, training_options
+from common import Job, Training, jobs_of, parser, print_spreads, start, trained, training_options, tuned
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from scaling import layer_products
@@ -271,7 +271,7 @@ def main() -> None:
     training_options(options)
     args = options.parse_args()
     start(args)
-    jobs = jobs_of(args, ("dense", "oialr", "lora", "galore"))
+    jobs = tuned(one, jobs_of(args, ("dense", "oialr", "lora", "galore")), args, "perplexity", "minimize")
     with tempfile.TemporaryDirectory() as directory:
         args.tokens = str(Path(directory, "tokens.pt"))
         torch.save(tokens(args), args.tokens)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Job, Training, jobs_of, parser, print_spreads, start, trained, training_options
+from common import Job, Training, jobs_of, parser, print_spreads, start, trained, training_options, tuned
 from datasets import load_dataset
 from peft import get_peft_model
 from PIL import Image
@@ -146,7 +146,7 @@ def main() -> None:
     args = options.parse_args()
     start(args)
     images(args.data, args.images, args.validation)  # so that the cache is there
-    jobs = jobs_of(args, ("dense", "oialr"))
+    jobs = tuned(one, jobs_of(args, ("dense", "oialr")), args, "accuracy", "maximize")
     columns = {
         "accuracy": ("accuracy", 4),
         "trainable %, mean": ("trainable_mean", 1),

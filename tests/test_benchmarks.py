@@ -131,6 +131,30 @@ def test_jobs_are_seed_by_seed_and_of_known_methods():
         common.jobs_of(args, ("dense", "lora"))
 
 
+def test_tuning_finds_the_best_settings_and_leaves_the_others_alone():
+    common = load("common.py")
+    tried = []
+
+    def run(job):
+        name, method, settings, seed, _ = job
+        tried.append((method, seed, settings["lr"]))
+        wrong = 0 if settings["kind"] == "good" else 1
+        return {"run": name, "loss": wrong + abs(math.log10(settings["lr"]) + 3)}
+
+    args = argparse.Namespace(trials=25, output=None)
+    open_settings = {"lr": {"range": [1e-5, 1e-1]}, "kind": {"choices": ["bad", "good"]}, "rank": 4}
+    jobs = [("a", "x", open_settings, seed, args) for seed in (0, 1)] + [("b", "y", {"lr": 0.1}, 0, args)]
+    found = common.tuned(run, jobs, args, "loss", "minimize")
+    assert [(job[0], job[3]) for job in found] == [("a", 0), ("a", 1), ("b", 0)]
+    assert found[2][2] == {"lr": 0.1}
+    assert found[0][2] == found[1][2]
+    assert found[0][2]["kind"] == "good"
+    assert found[0][2]["rank"] == 4
+    assert 10**-3.5 < found[0][2]["lr"] < 10**-2.5
+    assert len(tried) == 25
+    assert {(method, seed) for method, seed, _ in tried} == {("x", common.TUNING_SEED)}
+
+
 def test_layer_compares_all_routes_in_every_cell_and_says_what_it_skips():
     sizes = ("--shapes", "32x16,16x16", "--tokens", "8,4096", "--ratios", "0.25,1", "--max-gflop", 0.01)
     output = run("layer.py", *sizes, "--repeats", 2)
