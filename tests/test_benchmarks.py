@@ -326,6 +326,15 @@ def test_mixing_is_compared_by_an_r_that_is_unique():
 
 
 @pytest.mark.slow
+def test_small_runs_what_has_its_data_and_names_the_rest(tmp_path):
+    only = ("--only", "scaling.py,forecasting.py")
+    output = run("small.py", "--data", tmp_path, "--packages", tmp_path, *only)
+    assert "## scaling.py" in output
+    assert "## forecasting.py" not in output
+    assert f"skipped forecasting.py: needs {tmp_path / 'ETTh2-train-val.csv'}" in output
+
+
+@pytest.mark.slow
 def test_pretraining_compares_dense_and_oialr_on_images(tmp_path, pictures):
     size = ("--images", 40, "--validation", 20, "--steps", 20, "--hidden", 32, "--layers", 1, "--patch", 8)
     runs = (
