@@ -69,6 +69,17 @@ def rank_table(model: nn.Module, adapter_name: str = "default") -> RankTable:
 
     Raises:
         ValueError: the model has no such adapter.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from oialr_peft import OIALRConfig
+        >>> base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> print(rank_table(get_peft_model(base, OIALRConfig(target_modules=["0", "2"]))))
+        layer  shape  rank  of  phase  trainable  stored
+        -----  -----  ----  --  -----  ---------  ------
+        0        4×6     4   4  dense         24      24
+        2        2×4     2   2  dense          8       8
+        all                                   32      32
     """
     layers = adapter_layers(model, adapter_name)
     if not layers:
@@ -100,6 +111,15 @@ def plot_history(history: Sequence[OIALRUpdate], path: str | os.PathLike[str] | 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the history is empty.
+
+    Examples:
+        >>> history = [
+        ...     OIALRUpdate(step=10, stability={"up": 0.8}, trainable=100, total=100),
+        ...     OIALRUpdate(step=20, stability={"up": 0.95}, frozen=["up"], ranks={"up": (10, 6)}, trainable=36, total=100),
+        ... ]
+        >>> figure = plot_history(history, "history.png")
+        >>> [axes.get_title() for axes in figure.axes[:3]]
+        ['Stability of dense layers', 'Rank of factored layers', 'Trainable parameters']
     """
     if not history:
         raise ValueError("`history` must hold at least one check, but is empty. Train past the first check.")
