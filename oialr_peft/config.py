@@ -68,7 +68,8 @@ class OIALRConfig(PeftConfig):
         target_modules: names (suffixes), a regular expression, or `"all-linear"`; `None` means `"all-linear"`: every
             linear layer except the output head of a transformers model.
         exclude_modules: names or a regular expression of modules to leave out.
-        layers_to_transform, layers_pattern: restrict `target_modules` to these layer indices, as in LoRA.
+        layers_to_transform: restricts `target_modules` to these layer indices, as in LoRA.
+        layers_pattern: name of the module list that `layers_to_transform` counts in, as in LoRA.
         modules_to_save: modules trained and saved in full beside the adapter, such as a new classification head.
         bias: which biases train: `"none"`, `"all"`, or `"oialr_only"` (those of the target layers).
         trainable_token_indices: token rows of the embedding that train, as in LoRA.
@@ -108,12 +109,13 @@ class OIALRConfig(PeftConfig):
     Raises:
         ValueError: a field has the wrong type, is out of range, or contradicts another one.
 
-    >>> OIALRConfig(cutoff=0.2).cutoff
-    0.2
-    >>> OIALRConfig(cutoff=1.5)
-    Traceback (most recent call last):
-    ...
-    ValueError: `cutoff` must be a number in [0, 1) or None, but is 1.5. 0.1 drops directions below a tenth of the largest.
+    Examples:
+        >>> OIALRConfig(cutoff=0.2).cutoff
+        0.2
+        >>> OIALRConfig(cutoff=1.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: `cutoff` must be a number in [0, 1) or None, but is 1.5. 0.1 drops directions below a tenth of the largest.
     """
 
     target_modules: list[str] | str | None = field(

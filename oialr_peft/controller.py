@@ -84,6 +84,11 @@ class OIALRUpdate:
         trainable: parameters that train after the check; of a masked layer, those of its rank.
         total: parameters of the dense model that this one stands for.
         seconds: duration of the check.
+
+    Examples:
+        >>> update = OIALRUpdate(step=40, frozen=["up"], ranks={"up": (10, 6)}, trainable=50, total=200)
+        >>> update.trainable_percent
+        25.0
     """
 
     step: int
@@ -111,17 +116,8 @@ class _Whole(NamedTuple):
 class OIALRController:
     """Runs the method on a model with an OIALR adapter: `step()` once after each optimizer step.
 
-    Trainer and callback only call it; in a loop of your own::
-
-        controller = OIALRController(model, optimizer, total_steps=1000)
-        for batch in batches:
-            loss(model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            controller.step()
-
-    The optimizer object is never replaced: parameters and their state are swapped inside it. It is an object that
-    `accelerator.register_for_checkpointing` accepts.
+    Trainer and callback only call it. The optimizer object is never replaced: parameters and their state are swapped
+    inside it. It is an object that `accelerator.register_for_checkpointing` accepts.
 
     Each check is logged by the standard `logging` module, on the main process: one line at level INFO of the logger
     `oialr_peft.controller`, one for each layer at level DEBUG. `logging.basicConfig(level=logging.INFO)` shows the former.
@@ -139,6 +135,23 @@ class OIALRController:
     Raises:
         ValueError: the model has no such adapter, the optimizer does not train it, or the configured steps do not fit
             into `total_steps`; or the engine that trains the model cannot follow changes of rank, see `docs/distributed.md`.
+
+    Examples:
+        In a loop of your own:
+
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 1))
+        >>> model = get_peft_model(model, OIALRConfig(target_modules=["0"], freeze_when="delay", delay=10, update_every=5))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        >>> controller = OIALRController(model, optimizer, total_steps=20)
+        >>> for _ in range(20):
+        ...     model(torch.randn(32, 6)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     update = controller.step()  # None between checks
+        >>> [(update.step, update.frozen) for update in controller.history]
+        [(5, []), (10, ['0']), (15, []), (20, [])]
     """
 
     def __init__(

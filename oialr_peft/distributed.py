@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
@@ -185,7 +184,7 @@ def _refuse_other_engines(model: nn.Module, optimizer: Optimizer) -> None:
                 "DeepSpeed keeps its own copies of parameters and optimizer state, which cannot follow a change of "
                 "rank. Train with DistributedDataParallel: `accelerate launch --multi_gpu`."
             )
-    if isinstance(inner, ZeroRedundancyOptimizer):
+    if _is_zero(inner):
         raise ValueError(
             "ZeroRedundancyOptimizer spreads the optimizer state over processes, so it cannot follow a change of rank. "
             "Use the optimizer itself; once layers are factored, its state is small."
@@ -201,6 +200,15 @@ def _refuse_other_engines(model: nn.Module, optimizer: Optimizer) -> None:
                 "FSDP1 joins parameters to flat ones, in which a layer cannot change its rank. Use FSDP2: "
                 "`fsdp_version: 2` in the configuration of Accelerate, or `fully_shard`."
             )
+
+
+def _is_zero(optimizer: Optimizer) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    # imported here: its package compiles eight optimizers, which takes longer than importing all of this one
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return isinstance(optimizer, ZeroRedundancyOptimizer)
 
 
 def _refuse_scattered_parameters(model: nn.Module) -> None:

@@ -72,6 +72,18 @@ def save_low_rank(
         ValueError: the model is no transformers model, has no such adapter, has other adapters in it, a value is not
             finite, or a layer cannot be stored by its factors alone: in residual mode, or merged.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses the upload.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification, BertConfig
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        >>> base = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
+        >>> config = OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=0, init_rank=8)
+        >>> model = get_peft_model(base, config)
+        >>> save_low_rank(model, "low-rank")
+        >>> loaded = AutoModelForSequenceClassification.from_pretrained("low-rank")
+        >>> loaded.bert.encoder.layer[0].intermediate.dense
+        LowRankLinear(in_features=32, out_features=64, rank=8)
     """
     base = _transformers_model(model)
     stored = _state_of(base, adapter_name, dense=False)
@@ -137,6 +149,18 @@ def save_dense(
     Raises:
         ValueError: a weight is not finite, in which case nothing is written; the base weights are quantized; there are
             other adapters in the model; or it takes inputs that cannot be made here.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification, BertConfig
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        >>> base = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
+        >>> config = OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=0, init_rank=8)
+        >>> model = get_peft_model(base, config)
+        >>> save_dense(model, "dense").difference < 1e-5
+        True
+        >>> type(AutoModelForSequenceClassification.from_pretrained("dense").bert.pooler.dense).__name__
+        'Linear'
     """
     base = _transformers_model(model)
     inputs = _example_inputs(base) if example_inputs is None else dict(example_inputs)
@@ -161,6 +185,17 @@ def to_dense(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: it is neither, or a merged weight is not finite.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> model = get_peft_model(base, OIALRConfig(target_modules=["0"], freeze_when="delay", delay=0, init_rank=3))
+        >>> to_dense(model)
+        Sequential(
+          (0): Linear(in_features=6, out_features=4, bias=True)
+          (1): Tanh()
+          (2): Linear(in_features=4, out_features=2, bias=True)
+        )
     """
     if isinstance(model, PeftModel):
         return cast(nn.Module, model.merge_and_unload(safe_merge=True))
@@ -185,6 +220,15 @@ def save_lora(model: nn.Module, directory: str | os.PathLike[str], *, adapter_na
     Raises:
         ValueError: the adapter is not residual, a value is not finite, or a layer is of a kind that LoRA has not: a
             projection of `nn.MultiheadAttention`, or a convolution with dilation or a padding mode.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> model = get_peft_model(copy.deepcopy(base), OIALRConfig(target_modules=["0"], residual=True, init_rank=3))
+        >>> save_lora(model, "lora")
+        >>> lora = PeftModel.from_pretrained(base, "lora")
+        >>> type(lora.peft_config["default"]).__name__, lora.base_model.model[0].r["default"]
+        ('LoraConfig', 3)
     """
     if not isinstance(model, PeftModel):
         raise ValueError(

@@ -21,11 +21,12 @@ from oialr_peft.decompositions import SVD, largest_entry, leading_svd, map_concu
 class Factors(NamedTuple):
     """A rank-r weight ``W = u @ sigma @ vh``, of which only `sigma` is trained.
 
-    >>> factors = factorize(torch.eye(3))
-    >>> factors.rank
-    3
-    >>> bool(torch.allclose(factors.weight(), torch.eye(3)))
-    True
+    Examples:
+        >>> factors = factorize(torch.eye(3))
+        >>> factors.rank
+        3
+        >>> bool(torch.allclose(factors.weight(), torch.eye(3)))
+        True
     """
 
     u: Tensor  # (m, r), orthonormal columns
@@ -73,10 +74,11 @@ def factorize(weight: Tensor, *, rank: int | None = None, name: str = "weight") 
         ValueError: `weight` is not a non-empty floating matrix, holds NaN or Inf, or `rank` is out of range.
         torch.linalg.LinAlgError: neither the SVD nor the fallback converged.
 
-    >>> factors = factorize(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
-    >>> factors.sigma
-    tensor([[3., 0.],
-            [0., 2.]])
+    Examples:
+        >>> factors = factorize(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
+        >>> factors.sigma
+        tensor([[3., 0.],
+                [0., 2.]])
     """
     _require_finite_matrix(weight, name)
     full_rank = min(weight.shape)
@@ -135,9 +137,10 @@ def polar_factor(weight: Tensor, *, name: str = "weight") -> Tensor:
     Raises:
         ValueError, torch.linalg.LinAlgError: as `factorize`.
 
-    >>> polar_factor(torch.diag(torch.tensor([2.0, -5.0])))
-    tensor([[ 1.,  0.],
-            [ 0., -1.]])
+    Examples:
+        >>> polar_factor(torch.diag(torch.tensor([2.0, -5.0])))
+        tensor([[ 1.,  0.],
+                [ 0., -1.]])
     """
     _require_finite_matrix(weight, name)
     u, _, vh = thin_svd(weight.to(compute_dtype(weight)), name)
@@ -149,14 +152,16 @@ def stability(basis: Tensor, previous: Tensor) -> float:
     """Stability ``S = ⟨basis, previous⟩_F / k`` of a basis, in [-1, 1]; 1 means that it did not move.
 
     Args:
-        basis, previous: (m, n) orthogonal polar factors of one weight at two moments, k = min(m, n).
+        basis: (m, n) orthogonal polar factor of a weight, k = min(m, n).
+        previous: that of the same weight earlier.
 
     Raises:
         ValueError: the shapes differ.
 
-    >>> basis = polar_factor(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
-    >>> stability(basis, basis), stability(basis, -basis)
-    (1.0, -1.0)
+    Examples:
+        >>> basis = polar_factor(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+        >>> stability(basis, basis), stability(basis, -basis)
+        (1.0, -1.0)
     """
     if basis.shape != previous.shape:
         raise ValueError(
@@ -180,10 +185,11 @@ def rediagonalize(factors: Factors, *, name: str = "sigma") -> Factors:
     Raises:
         ValueError, torch.linalg.LinAlgError: as `factorize`.
 
-    >>> factors = Factors(torch.eye(2), torch.tensor([[0.0, 1.0], [4.0, 0.0]]), torch.eye(2))
-    >>> rediagonalize(factors).sigma
-    tensor([[4., 0.],
-            [0., 1.]])
+    Examples:
+        >>> factors = Factors(torch.eye(2), torch.tensor([[0.0, 1.0], [4.0, 0.0]]), torch.eye(2))
+        >>> rediagonalize(factors).sigma
+        tensor([[4., 0.],
+                [0., 1.]])
     """
     rotation = rotation_of(factors.sigma, name=name)
     return rotate(factors, rotation)
@@ -239,10 +245,11 @@ def rank_to_keep(singular_values: Tensor, *, cutoff: float, max_rank_drop: float
         max_rank_drop: largest share of r lost at once, in [0, 1].
         min_rank: floor, a number of directions.
 
-    >>> rank_to_keep(torch.tensor([10.0, 2.0, 0.5, 0.1]), cutoff=0.1)
-    2
-    >>> rank_to_keep(torch.tensor([10.0, 2.0, 0.5, 0.1]), cutoff=0.1, max_rank_drop=0.25)
-    3
+    Examples:
+        >>> rank_to_keep(torch.tensor([10.0, 2.0, 0.5, 0.1]), cutoff=0.1)
+        2
+        >>> rank_to_keep(torch.tensor([10.0, 2.0, 0.5, 0.1]), cutoff=0.1, max_rank_drop=0.25)
+        3
     """
     above = int(count_above(singular_values, cutoff))
     return bounded_rank(above, singular_values.numel(), max_rank_drop=max_rank_drop, min_rank=min_rank)
@@ -265,8 +272,9 @@ def count_needed(energies: Tensor, total: Tensor, largest_loss: float) -> Tensor
     Returns:
         An integer scalar in [0, r] on their device.
 
-    >>> count_needed(torch.tensor([9.0, 0.9, 0.09, 0.01]), torch.tensor(10.0), 0.02)
-    tensor(2)
+    Examples:
+        >>> count_needed(torch.tensor([9.0, 0.9, 0.09, 0.01]), torch.tensor(10.0), 0.02)
+        tensor(2)
     """
     lost = energies.flip(0).cumsum(0).flip(0)  # by keeping only the directions before
     return (lost > largest_loss * total).sum()
@@ -291,9 +299,10 @@ def truncate(factors: Factors, *, cutoff: float, max_rank_drop: float = 0.5, min
     Raises:
         ValueError: an argument is out of range, or sigma is not diagonal.
 
-    >>> factors = factorize(torch.diag(torch.tensor([10.0, 5.0, 0.5, 0.1])))
-    >>> truncate(factors, cutoff=0.1).rank
-    2
+    Examples:
+        >>> factors = factorize(torch.diag(torch.tensor([10.0, 5.0, 0.5, 0.1])))
+        >>> truncate(factors, cutoff=0.1).rank
+        2
     """
     if not 0 <= cutoff < 1:
         raise ValueError(f"`cutoff` must be in [0, 1), but is {cutoff}. 0.1 drops σ below a tenth of the largest.")

@@ -78,14 +78,19 @@ class OIALRModel(BaseTuner):
 
     Made by `peft.get_peft_model(model, OIALRConfig(...))`; not meant to be called directly.
 
-    Args:
-        model: the model to adapt; changed in place.
-        peft_config: the configuration, or a dictionary of them by adapter name.
-        adapter_name: name of the adapter.
-
     Raises:
         ValueError: a target is of an unsupported kind, shares its weight with another module, or the configuration does
             not fit the adapters that the model already has.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> config = OIALRConfig(target_modules=["0"], freeze_when="delay", delay=0, init_rank=3)
+        >>> model = get_peft_model(base, config)
+        >>> type(model.base_model).__name__
+        'OIALRModel'
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['base_model.model.0.oialr_sigma.default']
     """
 
     prefix = PREFIX

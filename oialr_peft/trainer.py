@@ -71,6 +71,21 @@ class OIALRCallback(TrainerCallback):
 
     Raises:
         ValueError: at the start of training, what `OIALRController` raises; when a resumed run has no saved state.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification, BertConfig
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        >>> model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
+        >>> model = get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=4, update_every=2))
+        >>> data = [{"input_ids": [number, 7, 9], "labels": number % 2} for number in range(64)]
+        >>> args = TrainingArguments("run", max_steps=8, save_strategy="no", report_to="none", dataloader_pin_memory=False)
+        >>> callback = OIALRCallback()
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
+        >>> trainer.train()  # doctest: +ELLIPSIS
+        {...}...
+        >>> [update.step for update in callback.controller.history]
+        [2, 4, 6, 8]
     """
 
     def __init__(self, adapter_name: str | None = None) -> None:
@@ -218,6 +233,25 @@ class OIALRTrainerMixin(_MixinBase):
     Needs a model with an OIALR adapter when training starts. Logs `oialr/trainable_percent`, `oialr/stability_mean`,
     `oialr/rank_mean`, `oialr/frozen_layers` and `oialr/update_seconds` at every check, and saves the state of the
     schedule with every checkpoint, so that a resumed run equals an uninterrupted one.
+
+    Examples:
+        >>> class SmoothedTrainer(OIALRTrainerMixin, Trainer):  # a Trainer of your own
+        ...     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        ...         outputs = model(input_ids=inputs["input_ids"])
+        ...         loss = torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=0.1)
+        ...         return (loss, outputs) if return_outputs else loss
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification, BertConfig
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        >>> model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
+        >>> model = get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=4, update_every=2))
+        >>> data = [{"input_ids": [number, 7, 9], "labels": number % 2} for number in range(64)]
+        >>> args = TrainingArguments("run", max_steps=8, save_strategy="no", report_to="none", dataloader_pin_memory=False)
+        >>> trainer = SmoothedTrainer(model, args, train_dataset=data)
+        >>> trainer.train()  # doctest: +ELLIPSIS
+        {...}...
+        >>> sorted(name for name in trainer.state.log_history[0] if name.startswith("oialr/"))
+        ['oialr/frozen_layers', 'oialr/rank_mean', 'oialr/trainable_percent', 'oialr/update_seconds']
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -324,6 +358,20 @@ class OIALRTrainer(OIALRTrainerMixin, Trainer):
 
     Takes the arguments of `Trainer`; the model must have an OIALR adapter. Everything else is set in `OIALRConfig` and
     `TrainingArguments`. Source of the method: arXiv 2401.08505.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification, BertConfig
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        >>> model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
+        >>> model = get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=4, update_every=2))
+        >>> data = [{"input_ids": [number, 7, 9], "labels": number % 2} for number in range(64)]
+        >>> args = TrainingArguments("run", max_steps=8, save_strategy="no", report_to="none", dataloader_pin_memory=False)
+        >>> trainer = OIALRTrainer(model, args, train_dataset=data)
+        >>> trainer.train()  # doctest: +ELLIPSIS
+        {...}...
+        >>> [len(update.frozen) for update in trainer.oialr_controller.history]
+        [0, 7, 0, 0]
     """
 
 

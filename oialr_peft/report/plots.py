@@ -76,6 +76,15 @@ def plot_history(
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the history is empty, or there is no such metric in the log.
+
+    Examples:
+        >>> history = [
+        ...     OIALRUpdate(step=10, stability={"up": 0.8}, trainable=100, total=100),
+        ...     OIALRUpdate(step=20, stability={"up": 0.95}, frozen=["up"], ranks={"up": (10, 6)}, trainable=36, total=100),
+        ... ]
+        >>> figure = plot_history(history, "history.png")
+        >>> [axes.get_title(loc="left") for axes in figure.axes[:3]]
+        ['Stability of dense layers', 'Rank of factored layers', 'Trainable parameters']
     """
     if not history:
         raise ValueError("`history` must hold at least one check, but is empty. Train past the first check.")

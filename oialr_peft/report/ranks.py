@@ -107,6 +107,17 @@ def rank_table(model: nn.Module, adapter_name: str = "default") -> RankTable:
 
     Raises:
         ValueError: the model has no such adapter.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from oialr_peft import OIALRConfig
+        >>> base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> print(rank_table(get_peft_model(base, OIALRConfig(target_modules=["0", "2"]))))
+        layer  shape   rank     of  share  phase    trainable  stored  compression
+        -----  -----  -----  -----  -----  -----  -----------  ------  -----------
+        0        4×6      4      4   100%  dense           24      24        1.00×
+        2        2×4      2      2   100%  dense            8       8        1.00×
+        all 2         ø 3.0  ø 3.0   100%         32 (100.0%)      32        1.00×
     """
     layers = adapter_layers(model, adapter_name)
     if not layers:
