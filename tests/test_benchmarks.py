@@ -433,7 +433,7 @@ def summaries(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     path = tmp_path / "summaries.json"
     path.write_text(
-        json.dumps({f"title {i}": " ".join(f"word{j}" for j in generator.integers(30, size=40)) for i in range(60)})
+        json.dumps({f"title {i}": " ".join(f"word{j}" for j in generator.integers(5, size=40)) for i in range(60)})
     )
     return path
 
