@@ -245,7 +245,11 @@ class OIALRController:
         """Record the inputs of the next step if a check follows it."""
         if self._recent is not None:
             self._recent.forget()
-            self._recent.recording = self.schedule.is_check(self._steps + 1)
+            self._recent.recording = self.schedule.is_check(self._steps + 1) and self._may_truncate(self._steps + 1)
+
+    def _may_truncate(self, step: int) -> bool:
+        """Whether a check at `step` could find a layer to truncate."""
+        return self.schedule.may_freeze(step) or not all(map(self._is_dense, self.layers))
 
     @property
     def steps(self) -> int:
@@ -700,17 +704,18 @@ class OIALRController:
         }
 
     def _warn_if_little_is_pruned(self, update: OIALRUpdate) -> None:
-        """Warn after the first Σ update of all layers when they keep so much that training gets no smaller."""
+        """Warn after the first Σ update of all layers when the bound keeps so much that training gets no smaller."""
+        bounded = self.config.max_output_loss is not None and not self.config.residual
         earlier = any(len(past.ranks) == len(self.layers) for past in self.history[:-1])
-        if self.config.residual or self.config.cutoff == 0 or earlier or len(update.ranks) < len(self.layers):
+        if not bounded or earlier or len(update.ranks) < len(self.layers):
             return
         full = sum(layer.full_rank[self.adapter_name] for layer in self.layers.values())
         kept = sum(after for _, after in update.ranks.values()) / full
         if kept > LITTLE_PRUNED:
             warnings.warn(
-                f"All layers are factored, and {kept:.0%} of their directions are kept, so training gets neither faster nor "
-                "smaller. Pretrained language models are like this: use `residual=True` with an `init_rank` for them. "
-                "Otherwise raise `max_output_loss` or `cutoff`.",
+                f"All layers are factored, and `max_output_loss={self.config.max_output_loss:g}` keeps {kept:.0%} of their "
+                "directions, so training gets neither faster nor smaller. Pretrained language models are like this: use "
+                "`residual=True` with an `init_rank` for them. Otherwise raise `max_output_loss`.",
                 stacklevel=3,
             )
 

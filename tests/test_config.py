@@ -33,9 +33,10 @@ BAD_VALUES = {
     "stability_threshold": [0, 0.0, -0.1, 1.01, math.nan, None, "0.9", True],
     "settle_ratio": [0, -1, math.inf, math.nan, None, "1", True],
     "update_every": [0, -1, 0.0, 1.0, 2.5, math.nan, None, "10", True],
-    "cutoff": [1, 1.0, -0.1, math.nan, None, "0.1", False],
+    "cutoff": [1, 1.0, -0.1, math.nan, "0.1", False],
     "layers_per_update": [0, 0.0, 1.1, math.nan, None, "1", True],
     "max_output_loss": [-0.1, 1, 1.0, math.nan, "0.1", True],
+    "sigma_lr_scale": [0, -1.0, math.inf, math.nan, None, "spectral", True],
     "max_rank_drop": [0, 0.0, 1.1, -0.5, math.nan, None, "0.5", True],
     "min_rank": [0, -1, 1.0, 0.0, math.nan, None, "1", True],
     "stability_storage": ["disk", None, 1, True],
@@ -44,6 +45,26 @@ BAD_VALUES = {
     "format_version": [0, -1, "1", 1.0, True],
 }
 PREDEFINED = {field.name for field in fields(PeftConfig)}  # checked by PEFT
+
+
+@pytest.mark.parametrize(
+    ("fields", "cutoff", "max_output_loss"),
+    [
+        ({}, 0.9, 1e-4),
+        ({"pretraining": True}, 0.9, 3e-3),
+        ({"residual": True}, 0.01, None),
+        ({"cutoff": 0.1}, 0.1, None),
+        ({"cutoff": 0.1, "residual": True}, 0.1, None),
+        ({"max_output_loss": 0.5}, 0.9, 0.5),
+        ({"max_output_loss": 0.5, "residual": True}, 0.9, 0.5),
+        ({"cutoff": 0.2, "max_output_loss": 0.5}, 0.2, 0.5),
+    ],
+)
+def test_the_rule_that_is_named_prunes_and_a_measured_one_where_none_is(fields, cutoff, max_output_loss):
+    config = OIALRConfig(**fields)
+    assert (config.cutoff, config.max_output_loss) == (cutoff, max_output_loss)
+    again = OIALRConfig(**{**fields, "cutoff": config.cutoff, "max_output_loss": config.max_output_loss})
+    assert (again.cutoff, again.max_output_loss) == (cutoff, max_output_loss)
 
 
 @pytest.mark.parametrize(

@@ -168,8 +168,8 @@ def _new_process(tmp_path, monkeypatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     # a snippet raises it; the old value comes back afterwards
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
-    yield
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -257,7 +257,7 @@ class Message(NamedTuple):
 def messages() -> list[Message]:
     """The messages of all errors that are made, and warnings that are given, in the package."""
     found = []
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "oialr_cli").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and _tells_the_user(node.func) and node.args:
                 found.append(Message(f"{path.name}:{node.lineno}", _template(node.args[0])))

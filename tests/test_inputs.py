@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
@@ -132,6 +133,26 @@ def test_only_the_training_pass_before_a_check_is_recorded():
         optimizer.zero_grad()
         controller.step()
         assert not controller._recent.samples
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({"max_output_loss": 1e-6}, True),
+        ({"max_output_loss": 0.3}, False),
+        ({"max_output_loss": None, "cutoff": 0.0}, False),
+        ({"max_output_loss": 1e-6, "residual": True, "init_rank": 12}, False),
+    ],
+)
+def test_a_bound_that_keeps_nearly_everything_warns_once(settings, warns):
+    model = adapted(**{**(MODES["freezing"] if "residual" not in settings else {}), **settings})
+    optimizer, controller = controlled(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(model, optimizer, controller, 12, batch())
+    found = [str(warning.message) for warning in caught if "All layers are factored" in str(warning.message)]
+    assert len(found) == warns
+    assert all("`max_output_loss=1e-06` keeps 100% of their directions" in message for message in found)
 
 
 def test_a_layer_that_was_not_called_keeps_its_rank():

@@ -150,9 +150,3 @@ def test_dense_layers_keep_their_learning_rate():
 )
 def test_optimizers_that_scale_entries_need_a_scale(make, expected):
     assert scales_entries(make([nn.Parameter(torch.zeros(2, 2))], lr=0.1)) is expected
-
-
-@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), "spectral", True, None])
-def test_a_scale_is_a_positive_number_or_norm(scale):
-    with pytest.raises(ValueError, match="`sigma_lr_scale` must be a number > 0"):
-        OIALRConfig(sigma_lr_scale=scale)

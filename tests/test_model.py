@@ -834,7 +834,7 @@ def test_an_interval_that_is_a_share_of_the_run_is_taken_as_a_fixed_number_of_st
 
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_training_with_a_controller_does_not_warn(mlp, make_inputs, mode):
-    model = get_peft_model(mlp, config(update_every=5, **mode))
+    model = get_peft_model(mlp, config(update_every=5, cutoff=0.1, **mode))
     optimizer = optimizer_of(model)
     controller = OIALRController(model, optimizer, total_steps=20)
     steps(model, optimizer, make_inputs("mlp"), 20, controller.step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -429,7 +430,8 @@ def test_a_reward_model_trains_with_its_head(phase, tmp_path):
     config = OIALRConfig(task_type="SEQ_CLS", **PHASES[phase])
     trainer = trained(OIALRRewardTrainer, tmp_path, llama(LlamaForSequenceClassification), config)
     assert_trained_as_it_should(trainer)
-    assert losses(trainer)[-1] < losses(trainer)[0]
+    half = len(losses(trainer)) // 2
+    assert mean(losses(trainer)[half:]) < mean(losses(trainer)[:half])
     assert any(".score.modules_to_save." in name for name, p in trainer.model.named_parameters() if p.requires_grad)
 
 
