@@ -67,9 +67,8 @@ from oialr_peft.sharding import (
 logger = logging.getLogger(__name__)
 
 RANKS_NAME = "oialr_ranks.json"
-LITTLE_PRUNED = (
-    0.9  # share of directions kept from which a warning says so; no route is faster there than the dense layer
-)
+# share of directions kept from which a warning says so; no route is faster there than the dense layer
+LITTLE_PRUNED = 0.9
 
 
 @dataclass(frozen=True)
