@@ -282,7 +282,13 @@ class OIALRTrainerMixin(_MixinBase):
                     f"No complete checkpoint found in `{self.args.output_dir}`. Start anew with "
                     "`resume_from_checkpoint=None`."
                 )
+        self._forget_evaluation()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _forget_evaluation(self) -> None:
+        """Let Accelerate wrap a model that was evaluated before: that marked it as prepared, so each process would train its own."""
+        if self.accelerator.num_processes > 1 and not self.is_fsdp_enabled and self.model_wrapped is self.model:
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

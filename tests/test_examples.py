@@ -163,9 +163,9 @@ def test_a_language_model_learns_from_scratch_and_is_written_twice(language_mode
 @pytest.mark.slow
 def test_a_pretrained_language_model_is_tuned_and_converts_to_lora(language_model, tmp_path):
     base = language_model[0] / "dense"
-    arguments = ("--dataset", "docstrings", "--output_dir", tmp_path, "--max_steps", 10)
+    arguments = ("--dataset", "docstrings", "--output_dir", tmp_path, "--max_steps", 40)
     before, after = before_and_after("perplexity", run("04_language_model.py", "--model", base, *arguments))
-    assert after < 0.95 * before
+    assert after < 0.98 * before  # the base has trained for 20 steps, so its bases have little to offer
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
     for form in ("adapter", "lora"):
         tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / form)
