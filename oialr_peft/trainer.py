@@ -286,7 +286,7 @@ class OIALRTrainerMixin(_MixinBase):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _forget_evaluation(self) -> None:
-        """Let Accelerate wrap a model that was evaluated before: that marked it as prepared, so each process would train its own."""
+        """Let Accelerate wrap a model that was evaluated before training: that marked it as prepared, though it is bare."""
         if self.accelerator.num_processes > 1 and not self.is_fsdp_enabled and self.model_wrapped is self.model:
             self.model.__dict__.pop("_is_accelerate_prepared", None)
 
