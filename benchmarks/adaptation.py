@@ -137,7 +137,6 @@ def main() -> None:
     options.add_argument("--gguf-file", help="name of the file in that path, for a model stored as GGUF")
     options.add_argument("--text", required=True, help="text to train on: JSON (title to text) or plain")
     options.add_argument("--other", help="text to measure forgetting on; not trained on")
-    options.add_argument("--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"))
     options.add_argument("--steps", type=int, default=50)
     options.add_argument("--batch", type=int, default=4, help="sequences in a step")
     options.add_argument("--length", type=int, default=64, help="tokens of a sequence")

@@ -131,6 +131,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def training_options(made: argparse.ArgumentParser) -> None:
     """Options of benchmarks that train several settings with several seeds."""
+    made.add_argument("--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"))
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     made.add_argument("--output", help="file that every run is added to")

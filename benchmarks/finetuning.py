@@ -156,7 +156,6 @@ def main() -> None:
     options.add_argument("--model", required=True, help="path or hub id of a pretrained encoder")
     options.add_argument("--train", required=True)
     options.add_argument("--test", required=True)
-    options.add_argument("--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"))
     options.add_argument("--steps", type=int, default=300)
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--length", type=int, default=64)

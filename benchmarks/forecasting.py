@@ -210,7 +210,6 @@ def one(job: Job) -> dict[str, Any]:
 def main() -> None:
     options = parser(__doc__, repeats=1)
     options.add_argument("--data", required=True, help="ETTh2 or ETTm2 as CSV: date and series; 16 months or more")
-    options.add_argument("--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"))
     options.add_argument("--per-hour", type=int, help="rows per hour (default: as the dates say)")
     options.add_argument("--horizon", type=int, default=96, help="steps to forecast: 96 (default), 192, 336 or 720")
     options.add_argument("--windows", type=int, default=1024, help="windows per epoch")

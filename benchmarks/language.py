@@ -258,7 +258,6 @@ def one(job: Job) -> dict[str, Any]:
 def main() -> None:
     options = parser(__doc__, repeats=1)
     options.add_argument("--text", required=True, help="JSON (title to text) or plain text")
-    options.add_argument("--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"))
     options.add_argument("--hidden", type=int, default=256)
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--vocabulary", type=int, default=4096)

@@ -141,7 +141,6 @@ def model_options(options: argparse.ArgumentParser) -> None:
 def main() -> None:
     options = parser(__doc__, repeats=1)
     model_options(options)
-    options.add_argument("--run", nargs=3, action="append", required=True, metavar=("NAME", "METHOD", "JSON"))
     training_options(options)
     args = options.parse_args()
     start(args)

@@ -47,7 +47,7 @@ from oialr_peft.factors import (
 )
 from oialr_peft.inputs import RecentInputs
 from oialr_peft.layer import OIALRLinear
-from oialr_peft.learning_rate import SigmaLearningRate, scales_entries
+from oialr_peft.learning_rate import SigmaLearningRate
 from oialr_peft.model import adapter_layers
 from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, transport_state
 from oialr_peft.movement import Movement
@@ -196,8 +196,7 @@ class OIALRController:
             layer.controlled[adapter_name] = True
         torch_optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         torch_optimizer.register_step_post_hook(_forget_products_of(list(self.layers.values())))
-        if self.config.sigma_lr_scale != "norm" or scales_entries(torch_optimizer):
-            SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, self.config.sigma_lr_scale)
+        SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, self.config.sigma_lr_scale)
         self._record_before_check()
 
     def step(self) -> OIALRUpdate | None:

@@ -59,8 +59,9 @@ class SigmaLearningRate:
         self._adapter_name = adapter_name
         self._scale = scale
         self._groups: list[tuple[dict[str, Any], list[nn.Parameter]]] = []  # as they were before the step
-        optimizer.register_step_pre_hook(self._split)
-        optimizer.register_step_post_hook(self._restore)
+        if scale != "norm" or scales_entries(optimizer):
+            optimizer.register_step_pre_hook(self._split)
+            optimizer.register_step_post_hook(self._restore)
 
     def scale_of(self, layer: OIALRLinear) -> float:
         """By what the learning rate of a factored layer is multiplied."""
