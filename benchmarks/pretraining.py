@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from oialr_peft import OIALRConfig
+
+AfterStep = Callable[[int], Any]
+OptimizerOf = Callable[[nn.Module, float, argparse.Namespace], tuple[torch.optim.Optimizer, AfterStep | None]]
 
 PROBE = 256  # images of the fixed batch on which jumps are measured
 
@@ -87,8 +91,23 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return correct / len(y)
 
 
-def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One run, and what is reported of it."""
+def adamw(model: nn.Module, lr: float, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, AfterStep | None]:
+    """The optimizer of all that trains; nothing else happens after its steps."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=args.decay), None
+
+
+def train(
+    method: str, settings: dict[str, Any], seed: int, args: argparse.Namespace, optimizer_of: OptimizerOf = adamw
+) -> dict[str, Any]:
+    """One run, and what is reported of it.
+
+    Args:
+        method: `dense` or `oialr`.
+        settings: of `OIALRConfig`, and "lr".
+        seed: of everything random.
+        args: of the command line.
+        optimizer_of: makes the optimizer from the model, the learning rate and `args`, with what is called after its steps.
+    """
     settings = dict(settings)
     lr = settings.pop("lr", args.lr)
     torch.set_num_threads(args.threads or 1)
@@ -99,14 +118,16 @@ def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Names
         model = get_peft_model(model, OIALRConfig(pretraining=True, **settings))
     model.train()
     total = sum(p.numel() for p in model.parameters())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=args.decay)
+    optimizer, after_step = optimizer_of(model, lr, args)
     generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
     def probe() -> float:
         return nn.functional.cross_entropy(model(x[:PROBE]).logits, y[:PROBE]).item()
 
-    training = Training(model, optimizer, args.steps, total=total, adaptive=method == "oialr", probe=probe)
+    training = Training(
+        model, optimizer, args.steps, total=total, adaptive=method == "oialr", probe=probe, after_step=after_step
+    )
     curve = []
     for step in range(1, args.steps + 1):
         training.step(lambda: loss_of_batch(model, x, y, args.batch, generator))
@@ -117,10 +138,15 @@ def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Names
 
 def one(job: Job) -> dict[str, Any]:
     """What is kept of a run."""
+    _, method, settings, seed, args = job
+    return {**described(job), **train(method, settings, seed, args)}
+
+
+def described(job: Job) -> dict[str, Any]:
+    """What was run."""
     name, method, settings, seed, args = job
     sizes = {key: getattr(args, key) for key in ("images", "steps", "batch", "decay", "hidden", "layers", "patch")}
-    described = {"method": method, "settings": settings, "seed": seed, **sizes}
-    return {"run": name, **described, **train(method, settings, seed, args)}
+    return {"run": name, "method": method, "settings": settings, "seed": seed, **sizes}
 
 
 def model_options(options: argparse.ArgumentParser) -> None:
@@ -138,8 +164,9 @@ def model_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--patch", type=int, default=4)
 
 
-def main() -> None:
-    options = parser(__doc__, repeats=1)
+def compare(description: str | None, one: Callable[[Job], dict[str, Any]]) -> None:
+    """Read the command line, train what it asks for by `one`, and print the table."""
+    options = parser(description, repeats=1)
     model_options(options)
     training_options(options)
     args = options.parse_args()
@@ -157,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    compare(__doc__, one)

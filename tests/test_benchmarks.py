@@ -23,6 +23,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, Features, Value
+from peft import get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -30,6 +31,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from oialr_peft import OIALRConfig, factorize
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 BERT = ("--layers", 1, "--hidden", 64, "--repeats", 2)
@@ -549,3 +552,60 @@ def test_finetuning_has_a_row_for_every_method(tmp_path):
     assert [row["run"] for row in found] == list(methods)
     for row in found:
         numbers(row, "accuracy", "trainable %", "jump", "s/step", "checkpoint, MB")
+
+
+@pytest.mark.slow
+def test_ablation_takes_parts_of_the_engine_away(tmp_path, pictures):
+    size = ("--images", 40, "--validation", 20, "--steps", 12, "--hidden", 32, "--layers", 1, "--patch", 8)
+    ours = {"cutoff": 0.5, "delay": 2, "update_every": 3, "stability_threshold": 0.1}
+    taken = {
+        "whole": {},
+        "reset": {"moments": "reset"},
+        "slice": {"moments": "slice"},
+        "no decay": {"sigma_decay": False},
+        "muon": {"optimizer": "muon"},
+    }
+    runs = [part for name, what in taken.items() for part in ("--run", name, "oialr", json.dumps(ours | what))]
+    dense = ("--run", "dense", "dense", "{}", "--run", "dense muon", "dense", '{"optimizer": "muon"}')
+    output = run(
+        "ablation.py", "--data", pictures, *size, *runs, *dense, "--seeds", 0, "--lr", 0.01,
+        "--output", tmp_path / "runs.jsonl",
+    )  # fmt: skip
+    (rows,) = tables(output)
+    assert [row["run"] for row in rows] == [*taken, "dense", "dense muon"]
+    kept = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert kept[1]["settings"]["moments"] == "reset"
+    assert all(each["frozen_at"] for each in kept[:5])
+
+
+def test_what_ablations_do_to_moments():
+    ablation = load("ablation.py")
+    state = {"exp_avg": torch.arange(12.0).view(4, 3), "step": torch.tensor(3.0)}
+    p, q = torch.eye(4)[:, [2, 0]], torch.eye(3)[:, [1, 0]]
+    assert ablation.reset(state, torch.Size((4, 3)), p, q) is None
+    found = ablation.sliced(state, torch.Size((4, 3)), p, q)
+    assert found["step"] == 3
+    assert found["exp_avg"].tolist() == [[0, 1], [3, 4]]
+
+
+def test_ablation_decays_dense_weights_as_adamw_does_and_sigma_not_at_all():
+    ablation = load("ablation.py")
+    args = argparse.Namespace(decay=0.1)
+    config = OIALRConfig(target_modules=["0"], pretraining=True)
+    model, plain = (get_peft_model(nn.Sequential(nn.Linear(3, 3)), config) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    layer = ablation.target_layers(model)[0]
+    pairs = [(model, *ablation.without_sigma_decay(model, 0.1, args)), (plain, *ablation.adamw(plain, 0.1, args))]
+    for each, optimizer, after_step in pairs:
+        assert after_step is None
+        each(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, theirs in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours, theirs)
+    sigma = layer.set_factors("default", factorize(layer.adapter_weight("default").detach()))
+    sigma.grad = torch.zeros_like(sigma)
+    before = sigma.detach().clone()
+    pairs[0][1].param_groups[0]["params"] = [sigma]
+    pairs[0][1].step()
+    torch.testing.assert_close(sigma.detach(), before, rtol=0, atol=0)

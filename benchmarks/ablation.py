@@ -1,0 +1,106 @@
+r"""Parts of the engine taken away, one at a time, on the images of pretraining.py.
+
+    python benchmarks/ablation.py --data cifar10-train.parquet \
+        --run default oialr '{}' --run reset oialr '{"moments": "reset"}' --run muon oialr '{"optimizer": "muon"}'
+
+Options and columns are those of pretraining.py. The JSON of a run may also hold what is no setting of `OIALRConfig`:
+
+"moments"      what becomes of Adam's moments when a parameter changes its basis: "transport" (as in the package), "reset" (they
+               and the step count are lost), or "slice" (the first rows and columns are kept, not rotated)
+"sigma_decay"  false: no weight decay on Σ; dense weights keep theirs
+"optimizer"    "muon": `torch.optim.Muon` for the weights of the target layers and their Σ, AdamW for everything else
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from common import Job
+from pretraining import AfterStep, adamw, compare, described, train
+from torch import Size, Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from oialr_peft import controller
+from oialr_peft.layer import OIALRLinear
+from oialr_peft.moments import is_moment, transport_state
+
+Found = dict[str, Any] | None
+
+
+def reset(*_: Any) -> Found:
+    """No state, as before the first step."""
+    return None
+
+
+def sliced(state: Mapping[str, Any], shape: Size, p: Tensor, q: Tensor) -> Found:
+    """Moments cut to the new shape in the old basis."""
+    rows, columns = p.shape[1], q.shape[1]
+    return {name: value[:rows, :columns].clone() if is_moment(value) else value for name, value in state.items()}
+
+
+MOMENTS = {"transport": transport_state, "reset": reset, "slice": sliced}
+
+
+def target_layers(model: nn.Module) -> list[OIALRLinear]:
+    return [module for module in model.modules() if isinstance(module, OIALRLinear)]
+
+
+def without_sigma_decay(
+    model: nn.Module, lr: float, args: argparse.Namespace
+) -> tuple[torch.optim.Optimizer, AfterStep | None]:
+    """AdamW that decays everything but Σ: the optimizer decays what is no target, and a hook the dense targets."""
+    layers = target_layers(model)
+    targets = {id(layer.trained_parameter("default")) for layer in layers}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = {"params": [p for p in trained if id(p) in targets], "weight_decay": 0.0}
+    others = {"params": [p for p in trained if id(p) not in targets], "weight_decay": args.decay}
+    optimizer = torch.optim.AdamW([own, others], lr)
+
+    @torch.no_grad()
+    def decay(*_: Any) -> None:
+        for layer in layers:
+            if layer.is_dense("default"):
+                layer.trained_parameter("default").mul_(1 - optimizer.param_groups[0]["lr"] * args.decay)
+
+    optimizer.register_step_pre_hook(decay)
+    return optimizer, None
+
+
+def muon(model: nn.Module, lr: float, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, AfterStep | None]:
+    """Muon for the weights of the target layers, which the controller sees, and AdamW for the rest, stepped after it."""
+    weights = [layer.trained_parameter("default") for layer in target_layers(model)] or [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "classifier"
+    ]
+    chosen = {id(weight) for weight in weights}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    rest = torch.optim.AdamW(others, lr, weight_decay=args.decay)
+    schedule = get_cosine_schedule_with_warmup(rest, args.steps // 20, args.steps)
+
+    def step_rest(_: int) -> None:
+        rest.step()
+        schedule.step()
+        rest.zero_grad()
+
+    matched = torch.optim.Muon(weights, lr, weight_decay=args.decay, adjust_lr_fn="match_rms_adamw")
+    return matched, step_rest
+
+
+def one(job: Job) -> dict[str, Any]:
+    """What is kept of a run."""
+    _, method, settings, seed, args = job
+    settings = dict(settings)
+    transport = MOMENTS[settings.pop("moments", "transport")]
+    decays, optimizer = settings.pop("sigma_decay", True), settings.pop("optimizer", "adamw")
+    optimizer_of = muon if optimizer == "muon" else adamw if decays else without_sigma_decay
+    with mock.patch.object(controller, "transport_state", transport):
+        return {**described(job), **train(method, settings, seed, args, optimizer_of)}
+
+
+if __name__ == "__main__":
+    compare(__doc__, one)
