@@ -68,12 +68,15 @@ def _with_adapter(found: Inspection, base: str | None) -> PeftModel:
     require_source(name)
     settings = AutoConfig.from_pretrained(name)
     labels = _labels(found)
-    if labels is not None:
+    new_head = labels not in (None, settings.num_labels)  # the adapter holds it; that of the base model has another shape
+    if new_head:
         settings.num_labels = labels
     model_class = _class_of(settings, name, adapter)
     # an adapter of pretraining holds every weight
-    from_scratch = adapter.pretraining and not _has_weights(name)
-    model = _made(model_class, settings) if from_scratch else model_class.from_pretrained(name, config=settings)
+    if adapter.pretraining and not _has_weights(name):
+        model = _made(model_class, settings)
+    else:
+        model = model_class.from_pretrained(name, config=settings, ignore_mismatched_sizes=new_head)
     return PeftModel.from_pretrained(model, found.location)
 
 

@@ -217,6 +217,17 @@ def test_an_exported_model_computes_the_same(adapter, form, base, saved, make_in
     torch.testing.assert_close(logits_of(found, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_with_a_new_head_is_exported_with_it(saved, make_inputs):
+    base = BertForSequenceClassification.from_pretrained(saved / "base", num_labels=7, ignore_mismatched_sizes=True)
+    config = OIALRConfig(residual=True, init_rank=2, init_weights=False, modules_to_save=["classifier"])
+    model = get_peft_model(base, config)
+    model.save_pretrained(saved / "new-head")
+    output_of("export", saved / "new-head", "--to", "dense", "--output", saved / "made")
+    inputs = make_inputs("bert", torch.float32)
+    found = BertForSequenceClassification.from_pretrained(saved / "made")
+    torch.testing.assert_close(logits_of(found, inputs), logits_of(model, inputs), rtol=1e-4, atol=1e-5)
+
+
 def test_a_low_rank_checkpoint_becomes_dense_and_nothing_else(saved):
     output_of("export", saved / "replace", "--to", "low-rank", "--output", saved / "low")
     found = json.loads(output_of("export", saved / "low", "--to", "dense", "--output", saved / "dense", "--json"))
