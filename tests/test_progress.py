@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
 
@@ -166,24 +167,46 @@ def checks_of(trainer):
     }
 
 
-def test_tensorboard_and_trackio_show_the_figures_of_every_check(tmp_path, monkeypatch):
+def offline_history(directory):
+    """The entries of the one run that wandb has written to a directory without a network."""
+    datastore = pytest.importorskip("wandb.sdk.internal.datastore")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = directory.glob("wandb/offline-run-*/*.wandb")
+    store, entries, record = datastore.DataStore(), [], Record()
+    store.open_for_scan(str(file))
+    while (content := store.scan_data()) is not None:
+        record.ParseFromString(content)
+        items = record.history.item  # none in records of other kinds
+        entries.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+    store.close()
+    return entries
+
+
+def test_trackers_show_the_figures_of_every_check(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for variable, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{variable}", value)
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    wandb = pytest.importorskip("wandb")
     trainer = trained(
         tmp_path,
         max_steps=15,
-        report_to=["tensorboard", "trackio"],
+        report_to=["tensorboard", "trackio", "wandb"],
         project="oialr",
         run_name="run",
         trackio_space_id=None,
     )
+    wandb.finish()
     events = accumulator.EventAccumulator(str(tmp_path / "board"))
     events.Reload()
-    logs = storage.get_logs("oialr", "run")
+    stored = {"trackio": storage.get_logs("oialr", "run"), "wandb": offline_history(tmp_path)}
     for name, expected in checks_of(trainer).items():
         assert expected
         key = f"train/oialr/{name}"
         assert {event.step: event.value for event in events.Scalars(key)} == pytest.approx(expected)
-        assert {entry["train/global_step"]: entry[key] for entry in logs if key in entry} == pytest.approx(expected)
+        for tracker, entries in stored.items():
+            found = {entry["train/global_step"]: entry[key] for entry in entries if key in entry}
+            assert found == pytest.approx(expected), tracker
