@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,14 @@ def test_a_page_says_what_is_missing(tmp_path, run):
     assert "Set `eval_strategy`" in text
     assert "the spectrum of Σ is left out" in text
     assert "Stability of dense layers" not in text
+
+
+def test_a_metric_that_was_measured_once_is_no_plot(tmp_path):
+    made = record(1)
+    once = [entry for entry in made.log if "eval_accuracy" not in entry or entry["step"] == 100]
+    for log, plots in ((made.log, 1), (once, 0)):
+        write_record(replace(made, log=log), tmp_path)
+        assert run_report(tmp_path).count("<h3>Validation accuracy</h3>") == plots
 
 
 def test_the_spectrum_of_other_ranks_is_not_shown(tmp_path):

@@ -152,12 +152,13 @@ def _plots(record: RunRecord, spectra: Spectra) -> list[Plot]:
 
 
 def _metric_plots(record: RunRecord) -> list[Plot]:
+    """One for each metric that was measured more than once: the key figures already show a single value."""
     groups = {"Loss": ["loss", "eval_loss"]}
     groups |= {metric_name(name): [name] for name in record.metrics if name != "eval_loss"}
     made: list[Plot] = []
     for title, names in list(groups.items())[:MOST_METRICS]:
         curves = {metric_name(name): curve for name in names if (curve := record.curve(name))}
-        if curves:
+        if any(len(curve) > 1 for curve in curves.values()):
             made.append(_curve_plot(f"metric-{len(made)}", title, curves, record.history))
     return made
 
