@@ -11,7 +11,7 @@ Other data and pretrained models go by hub id or local path, and every option of
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
 
 
-def megabytes(directory: Path) -> float:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) / 1e6
+def weights_megabytes(directory: str) -> float:
+    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors")) / 1e6
 
 
 def main() -> None:
@@ -148,22 +148,20 @@ def main() -> None:
             model = get_peft_model(model, config)
         trainer = trainers[name] = trainer_class(
             model=model,
-            args=args,
+            args=replace(args, output_dir=str(Path(args.output_dir, name.lower()))),
             train_dataset=data["train"],
             eval_dataset=data["validation"],
             compute_metrics=accuracy,
         )
         print(f"\n{name}: {len(data['train']):,} images to train on, {len(data['validation']):,} to validate with")
         seconds = trainer.train().metrics["train_runtime"] / trainer.state.global_step
-        directory = Path(args.output_dir, name.lower())
-        if args.process_index == 0:
-            model.save_pretrained(directory)
+        trainer.save_model()
         trainer.accelerator.wait_for_everyone()
         trainable = model.num_parameters(only_trainable=True)
         validation = trainer.evaluate()["eval_accuracy"]
         share = trainable / parameters
         rows.append(
-            f"{name:<6}{validation:>9.2%}{trainable:>12,}{share:>9.1%}{seconds:>9.4f}{megabytes(directory):>9.2f}"
+            f"{name:<6}{validation:>9.2%}{trainable:>12,}{share:>9.1%}{seconds:>9.4f}{weights_megabytes(trainer.args.output_dir):>9.2f}"
         )
     if args.process_index > 0:
         return
@@ -174,7 +172,7 @@ def main() -> None:
     print(f"\n{rank_table(trainers['OIALR'].model)}\n")
     print(f"{'run':<6}{'accuracy':>9}{'trainable':>12}{'share':>9}{'s/step':>9}{'MB':>9}")
     print("\n".join(rows))
-    print(f"\nStability and ranks over time: {plot}")
+    print(f"\nStability and ranks over time: {plot}; more of it: oialr report {trainers['OIALR'].args.output_dir}")
 
 
 if __name__ == "__main__":
