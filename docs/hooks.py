@@ -93,5 +93,10 @@ def _entries() -> Iterator[str]:
             continue
         if field.name not in described:
             raise PluginError(f"The docstring of OIALRConfig does not describe `{field.name}`.")
-        text = described[field.name]
-        yield f"## `{field.name}`\n\n`{field.type}`, default `{field.default!r}`\n\n{text[0].upper()}{text[1:]}\n"
+        text = _as_sentence(described[field.name])
+        yield f"## `{field.name}`\n\n`{field.type}`, default `{field.default!r}`\n\n{text}\n"
+
+
+def _as_sentence(text: str) -> str:
+    """With a capital at the start, except of a symbol: ν is no N."""
+    return f"{text[0].upper()}{text[1:]}" if text[0].isascii() else text
