@@ -68,7 +68,10 @@ def _with_adapter(found: Inspection, base: str | None) -> PeftModel:
     require_source(name)
     settings = AutoConfig.from_pretrained(name)
     labels = _labels(found)
-    new_head = labels not in (None, settings.num_labels)  # the adapter holds it; that of the base model has another shape
+    new_head = labels not in (
+        None,
+        settings.num_labels,
+    )  # the adapter holds it; that of the base model has another shape
     if new_head:
         settings.num_labels = labels
     model_class = _class_of(settings, name, adapter)

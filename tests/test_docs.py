@@ -143,16 +143,13 @@ SCENES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
         "residual_model": adapted(saved_bert(), residual=True, init_rank=4),
     },
     ("fine-tuning.md", "With TRL"): lambda: {"texts": sentences(), "_": language_model()},
-    ("deploy.md", "Standalone low-rank checkpoints"): lambda: {
-        "model": adapted(bert(), freeze_when="delay", delay=0, init_rank=8)
-    },
     ("compile.md", "torch.compile"): lambda: {"model": bert()},
     ("compile.md", "Regional compilation"): lambda: {"model": get_peft_model(llama(), OIALRConfig())},
 }
 
 
 # pages that are run together, because a guide goes on where another one ended; all others are run alone
-TOGETHER = [["pretraining.md", "fine-tuning.md"]]
+TOGETHER = [["pretraining.md", "fine-tuning.md", "deploy.md"]]
 
 
 def runs() -> list[list[Path]]:
