@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in `__all__`
 
 if TYPE_CHECKING:
+    from oialr_peft.config import OIALRConfig
     from oialr_peft.controller import OIALRUpdate
 
 CARD_NAME = "README.md"
@@ -332,6 +333,58 @@ def _place_of_new_section(text: str) -> int:
             return position
         position += len(line)
     return position
+
+
+def directory_of(save_directory: str | os.PathLike[str], adapter_name: str) -> Path:
+    """Where the card of an adapter is.
+
+    The Hub shows one card, the `README.md` at the root of a repository. PEFT saves every adapter that is not called
+    "default" in a folder of its name and writes the card beside that folder, so the section belongs there too: a reader
+    finds all adapters of the repository on its page.
+    """
+    directory = Path(save_directory).resolve()
+    is_inside = adapter_name not in ("default", "") and directory.name == adapter_name
+    return directory.parent if is_inside and (directory.parent / CARD_NAME).is_file() else directory
+
+
+def write_adapter_card(
+    directory: str | os.PathLike[str],
+    config: OIALRConfig,
+    saved: SavedModel,
+    *,
+    repo_id: str | None = None,
+    run: Run | None = None,
+) -> None:
+    """Put the section about an adapter into the model card of a directory.
+
+    Args:
+        directory: of the card.
+        config: of the adapter.
+        saved: the adapter.
+        repo_id: the repository that the directory goes to; `None` names the directory instead.
+        run: that trained the adapter; `None` if it is not known.
+    """
+    title = (repo_id or str(Path(directory).resolve())).rpartition("/")[2]
+    base_model = hub_id(config.base_model_name_or_path)
+    loading = adapter_loading(
+        saved,
+        location=repo_id or title,
+        base_model=base_model,
+        revision=config.revision,
+        from_scratch=config.pretraining,
+    )
+    name = saved.adapter_name
+    method = RESIDUAL_METHOD if config.residual else METHOD
+    heading = "OIALR adapter" if name == "default" else f"OIALR adapter `{name}`"
+    write_section(
+        directory,
+        section(heading, method, loading, saved.layers, config.card_settings(), run),
+        key=f"adapter {name}",
+        library="peft",
+        tags=ADAPTER_TAGS,
+        base_model=base_model,
+        title=title,
+    )
 
 
 def write_section(

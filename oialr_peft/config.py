@@ -6,13 +6,13 @@ import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from oialr_peft import card
+from oialr_peft.values import is_collection_of, is_count, is_index, is_int, is_number
 
 FORMAT_VERSION = 1  # of adapter checkpoints; raised when older releases could no longer read new files
 
@@ -266,49 +266,11 @@ class OIALRConfig(PeftConfig):
             self.rank_pattern, self.format_version = before
         if self._card_is_due:
             self._card_is_due = False
-            self.write_card(_card_directory(save_directory, saved.adapter_name), saved)
+            card.write_adapter_card(card.directory_of(save_directory, saved.adapter_name), self, saved)
 
     def card_settings(self) -> dict[str, Any]:
         """The settings that a model card shows."""
         return {name: getattr(self, name) for name in CARD_SETTINGS}
-
-    def write_card(
-        self,
-        directory: str | os.PathLike[str],
-        saved: card.SavedModel,
-        *,
-        repo_id: str | None = None,
-        run: card.Run | None = None,
-    ) -> None:
-        """Put the section about this adapter into the model card of a directory; see `card.section`.
-
-        Args:
-            directory: of the card.
-            saved: the adapter.
-            repo_id: the repository that the directory goes to; `None` names the directory instead.
-            run: that trained the adapter.
-        """
-        title = (repo_id or str(Path(directory).resolve())).rpartition("/")[2]
-        base_model = card.hub_id(self.base_model_name_or_path)
-        loading = card.adapter_loading(
-            saved,
-            location=repo_id or title,
-            base_model=base_model,
-            revision=self.revision,
-            from_scratch=self.pretraining,
-        )
-        name = saved.adapter_name
-        method = card.RESIDUAL_METHOD if self.residual else card.METHOD
-        heading = "OIALR adapter" if name == "default" else f"OIALR adapter `{name}`"
-        card.write_section(
-            directory,
-            card.section(heading, method, loading, saved.layers, self.card_settings(), run),
-            key=f"adapter {name}",
-            library="peft",
-            tags=card.ADAPTER_TAGS,
-            base_model=base_model,
-            title=title,
-        )
 
     def _set_pruning(self) -> None:
         """The measured rule where the user names none."""
@@ -320,7 +282,7 @@ class OIALRConfig(PeftConfig):
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if not (value is None or isinstance(value, str) or _is_collection_of(str, value)):
+            if not (value is None or isinstance(value, str) or is_collection_of(str, value)):
                 raise ValueError(
                     f"`{name}` must be a list of module names, a regular expression or None, but is {value!r}. "
                     'For every linear layer, write "all-linear".'
@@ -331,7 +293,7 @@ class OIALRConfig(PeftConfig):
                 "layer."
             )
         layers: Any = self.layers_to_transform
-        if not (layers is None or _is_index(layers) or _are_indices(layers)):
+        if not (layers is None or is_index(layers) or _are_indices(layers)):
             raise ValueError(
                 f"`layers_to_transform` must be a layer index, a list of them or None, but is {layers!r}. Write [0, 1] "
                 "for the first two layers."
@@ -351,7 +313,7 @@ class OIALRConfig(PeftConfig):
                 "or neither."
             )
         pattern = self.layers_pattern
-        if not (pattern is None or isinstance(pattern, str) or _is_collection_of(str, pattern)):
+        if not (pattern is None or isinstance(pattern, str) or is_collection_of(str, pattern)):
             raise ValueError(
                 f"`layers_pattern` must be the name of a module list, a list of names or None, but is {pattern!r}. "
                 'Write "layers" for `model.layers.0`.'
@@ -363,7 +325,7 @@ class OIALRConfig(PeftConfig):
                 "`trainable_token_indices` must be a list of token indices, a dict from embedding name to such a list, "
                 f"or None, but is {tokens!r}. Write [5, 6], or {{'embed_tokens': [5, 6]}}."
             )
-        if not (self.modules_to_save is None or _is_collection_of(str, self.modules_to_save)):
+        if not (self.modules_to_save is None or is_collection_of(str, self.modules_to_save)):
             raise ValueError(
                 f"`modules_to_save` must be a list of module names or None, but is {self.modules_to_save!r}. "
                 "A single module is written as a list of one."
@@ -384,40 +346,38 @@ class OIALRConfig(PeftConfig):
         if self.init_rank is not None:
             self._check_rank("init_rank", self.init_rank)
         self._check_rank("min_rank", self.min_rank)
-        if not _is_number(self.stability_threshold) or not 0 < self.stability_threshold <= 1:
+        if not is_number(self.stability_threshold) or not 0 < self.stability_threshold <= 1:
             raise ValueError(
                 f"`stability_threshold` must be a number in (0, 1], but is {self.stability_threshold!r}. 0.9 is a "
                 "common start."
             )
-        if not _is_number(self.settle_ratio) or not 0 < self.settle_ratio < math.inf:
+        if not is_number(self.settle_ratio) or not 0 < self.settle_ratio < math.inf:
             raise ValueError(
                 f"`settle_ratio` must be a number > 0, but is {self.settle_ratio!r}. 1 factors a layer when its basis is "
                 "expected to move no further than it has moved."
             )
-        if self.cutoff is not None and not (_is_number(self.cutoff) and 0 <= self.cutoff < 1):
+        if self.cutoff is not None and not (is_number(self.cutoff) and 0 <= self.cutoff < 1):
             raise ValueError(
                 f"`cutoff` must be a number in [0, 1) or None, but is {self.cutoff!r}. 0.1 drops directions below a tenth of "
                 "the largest."
             )
-        if not _is_number(self.layers_per_update) or not 0 < self.layers_per_update <= 1:
+        if not is_number(self.layers_per_update) or not 0 < self.layers_per_update <= 1:
             raise ValueError(
                 f"`layers_per_update` must be a number in (0, 1], but is {self.layers_per_update!r}. 1 updates every "
                 "layer at once, the paper's 0.1 adds a tenth of them per update."
             )
-        if not _is_number(self.max_rank_drop) or not 0 < self.max_rank_drop <= 1:
+        if not is_number(self.max_rank_drop) or not 0 < self.max_rank_drop <= 1:
             raise ValueError(
                 f"`max_rank_drop` must be a number in (0, 1], but is {self.max_rank_drop!r}. 0.5 at most halves a "
                 "rank per update; set `cutoff=0` to drop nothing."
             )
         scale = self.sigma_lr_scale
-        if not (scale == "norm" or (_is_number(scale) and 0 < cast(float, scale) < math.inf)):
+        if not (scale == "norm" or (is_number(scale) and 0 < scale < math.inf)):
             raise ValueError(
                 f'`sigma_lr_scale` must be a number > 0 or "norm", but is {scale!r}. 1 gives Σ the learning rate of its '
                 "parameter group."
             )
-        if self.max_output_loss is not None and not (
-            _is_number(self.max_output_loss) and 0 <= self.max_output_loss < 1
-        ):
+        if self.max_output_loss is not None and not (is_number(self.max_output_loss) and 0 <= self.max_output_loss < 1):
             raise ValueError(
                 f"`max_output_loss` must be a number in [0, 1) or None, but is {self.max_output_loss!r}. 0.001 lets one "
                 "update remove a thousandth of a layer's output energy."
@@ -444,13 +404,13 @@ class OIALRConfig(PeftConfig):
     def _check_format(self) -> None:
         if self.rank_pattern is not None and not (
             isinstance(self.rank_pattern, dict)
-            and all(isinstance(key, str) and _is_count(value) for key, value in self.rank_pattern.items())
+            and all(isinstance(key, str) and is_count(value) for key, value in self.rank_pattern.items())
         ):
             raise ValueError(
                 f"`rank_pattern` must map full module names to ranks ≥ 1, but is {self.rank_pattern!r}. Leave it out "
                 "to let the method choose the ranks."
             )
-        if self.format_version is not None and not _is_count(self.format_version):
+        if self.format_version is not None and not is_count(self.format_version):
             raise ValueError(
                 f"`format_version` must be None or an int ≥ 1, but is {self.format_version!r}. Leave it out; it is "
                 "written when an adapter is saved."
@@ -469,7 +429,7 @@ class OIALRConfig(PeftConfig):
 
     @staticmethod
     def _check_steps(name: str, value: Any, *, minimum: int) -> None:
-        if _is_int(value) and value >= minimum:
+        if is_int(value) and value >= minimum:
             return
         if isinstance(value, float) and 0 < value < 1:
             return
@@ -480,7 +440,7 @@ class OIALRConfig(PeftConfig):
 
     @staticmethod
     def _check_rank(name: str, value: Any) -> None:
-        if _is_count(value) or (isinstance(value, float) and 0 < value < 1):
+        if is_count(value) or (isinstance(value, float) and 0 < value < 1):
             return
         raise ValueError(
             f"`{name}` must be an int ≥ 1 (a count) or a float in (0, 1) (fraction of min(out, in)), but is {value!r}. "
@@ -488,37 +448,5 @@ class OIALRConfig(PeftConfig):
         )
 
 
-def _card_directory(save_directory: str, adapter_name: str) -> Path:
-    """Where the card of an adapter is.
-
-    The Hub shows one card, the `README.md` at the root of a repository. PEFT saves every adapter that is not called
-    "default" in a folder of its name and writes the card beside that folder, so the section belongs there too: a reader
-    finds all adapters of the repository on its page.
-    """
-    directory = Path(save_directory).resolve()
-    is_inside = adapter_name not in ("default", "") and directory.name == adapter_name
-    return directory.parent if is_inside and (directory.parent / card.CARD_NAME).is_file() else directory
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_index(value: Any) -> bool:
-    return _is_int(value) and value >= 0
-
-
 def _are_indices(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_index, value))
-
-
-def _is_count(value: Any) -> bool:
-    return _is_int(value) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_int(value)
-
-
-def _is_collection_of(kind: type, value: Any) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, kind) for item in value)
+    return isinstance(value, (list, tuple)) and all(map(is_index, value))

@@ -63,6 +63,7 @@ from oialr_peft.sharding import (
     shard_new_parameters,
     whole,
 )
+from oialr_peft.values import is_count
 
 logger = logging.getLogger(__name__)
 
@@ -765,7 +766,7 @@ def _config_of(model: nn.Module, adapter_name: str) -> OIALRConfig:
 
 
 def _schedule_of(config: OIALRConfig, total_steps: int) -> Schedule:
-    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+    if not is_count(total_steps):
         raise ValueError(
             f"`total_steps` must be an int ≥ 1, the optimizer steps of the whole run, but is {total_steps!r}. With "
             "gradient accumulation, count the updates, not the batches."

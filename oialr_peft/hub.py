@@ -109,7 +109,7 @@ def keep_cards_in_pushes() -> None:
     def upload_with_card(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         for name, config in self.peft_config.items():
             if isinstance(config, OIALRConfig):
-                config.write_card(working_dir, saved_model(self, name), repo_id=repo_id)
+                card.write_adapter_card(working_dir, config, saved_model(self, name), repo_id=repo_id)
         return original(self, working_dir, repo_id, *args, **kwargs)
 
     PeftModel._upload_modified_files = upload_with_card  # type: ignore[assignment, method-assign]

@@ -22,6 +22,7 @@ from oialr_peft.checkpoints import check_low_rank_files
 from oialr_peft.factors import Factors
 from oialr_peft.matricization import LinearModule, Matricization, matricization_of
 from oialr_peft.ops import build
+from oialr_peft.values import is_count
 
 METHOD = "oialr_low_rank"
 FORMAT_VERSION = 1
@@ -109,7 +110,7 @@ class LowRankConfig(QuantizationConfigMixin):
                 "oialr-peft."
             )
         for name, rank in ranks.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            if not is_count(rank):
                 raise ValueError(f"`ranks` must hold positive integers, but has {rank!r} for `{name}`.")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.ranks = ranks

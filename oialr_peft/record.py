@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from oialr_peft.card import SavedLayer
 from oialr_peft.controller import OIALRUpdate
+from oialr_peft.values import is_count, is_index, is_number
 
 RECORD_NAME = "oialr_history.json"
 FORMAT_VERSION = 1  # raised when older releases could no longer read new files
@@ -110,7 +111,7 @@ def is_model_metric(name: str) -> bool:
 
 def finite_numbers(entry: Mapping[str, Any]) -> dict[str, float | None]:
     """The numbers of an entry of the Trainer's log; NaN and Inf, which JSON does not know, become `None`."""
-    numbers = {name: value for name, value in entry.items() if _is_number(value)}
+    numbers = {name: value for name, value in entry.items() if is_number(value)}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
@@ -188,14 +189,6 @@ def _shown(value: Any) -> str:
 # ---- what the fields of a file must be ---------------------------------------------------------------------------------
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -217,36 +210,36 @@ def _has(fields: Mapping[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
 
 
 def _is_pair_of_ranks(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+    return isinstance(value, list) and len(value) == 2 and all(map(is_index, value))
 
 
 def _is_log_entry(value: Any) -> bool:
-    return _is_object(lambda number: number is None or _is_number(number))(value) and _is_count(value.get("step"))
+    return _is_object(lambda number: number is None or is_number(number))(value) and is_index(value.get("step"))
 
 
 _is_layer = _has(
     {
         "name": _is_text,
-        "out_features": lambda size: _is_count(size) and size > 0,
-        "in_features": lambda size: _is_count(size) and size > 0,
-        "rank": lambda rank: rank is None or (_is_count(rank) and rank > 0),
+        "out_features": is_count,
+        "in_features": is_count,
+        "rank": lambda rank: rank is None or is_count(rank),
     }
 )
 _is_update = _has(
     {
-        "step": _is_count,
-        "stability": _is_object(_is_number),
+        "step": is_index,
+        "stability": _is_object(is_number),
         "frozen": _is_list(_is_text),
         "ranks": _is_object(_is_pair_of_ranks),
-        "trainable": _is_count,
-        "total": lambda total: _is_count(total) and total > 0,
-        "seconds": _is_number,
+        "trainable": is_index,
+        "total": is_count,
+        "seconds": is_number,
     }
 )
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "format_version": (_is_count, "an int"),
-    "steps": (_is_count, "an int ≥ 0"),
-    "total_steps": (_is_count, "an int ≥ 0"),
+    "format_version": (is_index, "an int"),
+    "steps": (is_index, "an int ≥ 0"),
+    "total_steps": (is_index, "an int ≥ 0"),
     "adapter_name": (_is_text, "a string"),
     "model": (lambda value: value is None or _is_text(value), "a string or null"),
     "settings": (_is_object(), "an object"),

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from oialr_peft.card import Run
+from oialr_peft.card import Run, write_adapter_card
 from oialr_peft.checkpoints import check_adapter_directory
 from oialr_peft.config import OIALRConfig
 from oialr_peft.controller import OIALRController
@@ -338,7 +338,7 @@ class OIALRTrainerMixin(_MixinBase):
             directory = Path(self.args.output_dir or ".")
             directory.mkdir(parents=True, exist_ok=True)
             saved = saved_model(model, model.active_adapter)
-            config.write_card(directory, saved, repo_id=self.hub_model_id, run=self._oialr_run())
+            write_adapter_card(directory, config, saved, repo_id=self.hub_model_id, run=self._oialr_run())
 
     def _oialr_run(self) -> Run | None:
         if self.oialr_controller is None:
