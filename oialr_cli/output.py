@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from oialr_peft.card import SavedLayer, layer_group
+from oialr_peft.card import SavedLayer, layer_group, layer_kinds
 from oialr_peft.estimate import Estimate, Phase
 from oialr_peft.inspection import Inspection
 from oialr_peft.report.comparison import ABSENT, Comparison
@@ -72,23 +72,18 @@ def _layer_rows(layers: Sequence[SavedLayer]) -> str:
 
 
 def _kind_rows(layers: Sequence[SavedLayer]) -> str:
-    kinds: dict[tuple[str, int, int], list[SavedLayer]] = {}
-    for layer in layers:
-        kinds.setdefault((layer_group(layer.name), layer.out_features, layer.in_features), []).append(layer)
     rows = []
-    for (name, m, n), members in kinds.items():
-        ranks = [layer.rank for layer in members if layer.rank is not None]
-        spread = f"{min(ranks)} / {sum(ranks) / len(ranks):.1f} / {max(ranks)}" if ranks else ""
-        stored = sum(layer.stored_parameters for layer in members)
+    for kind in layer_kinds(layers):
+        ranks = kind.ranks
         rows.append(
             [
-                name,
-                f"{m}×{n}",
-                str(len(members)),
-                str(len(members) - len(ranks)),
-                spread,
-                f"{stored:,}",
-                f"{m * n * len(members) / stored:.2f}×",
+                kind.name,
+                f"{kind.out_features}×{kind.in_features}",
+                str(len(kind.layers)),
+                str(len(kind.layers) - len(ranks)),
+                f"{min(ranks)} / {sum(ranks) / len(ranks):.1f} / {max(ranks)}" if ranks else "",
+                f"{sum(layer.stored_parameters for layer in kind.layers):,}",
+                f"{kind.compression:.2f}×",
             ]
         )
     header = ("layers", "shape", "count", "dense", "rank: min / mean / max", "stored", "compression")

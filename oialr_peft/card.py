@@ -72,6 +72,26 @@ class SavedLayer(NamedTuple):
         return (self.out_features + self.in_features + self.rank) * self.rank
 
 
+class LayerKind(NamedTuple):
+    """Layers of one shape whose names differ in indices only."""
+
+    name: str  # with `*` for indices
+    out_features: int  # m
+    in_features: int  # n
+    layers: list[SavedLayer]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of the factored layers."""
+        return [layer.rank for layer in self.layers if layer.rank is not None]
+
+    @property
+    def compression(self) -> float:
+        """Numbers of the dense weights over those that are stored."""
+        dense = len(self.layers) * self.out_features * self.in_features
+        return dense / sum(layer.stored_parameters for layer in self.layers)
+
+
 @dataclass(frozen=True)
 class SavedModel:
     """What a card says of a model with an adapter, or of a standalone low-rank model.
@@ -116,6 +136,14 @@ def layer_group(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
+def layer_kinds(layers: Sequence[SavedLayer]) -> list[LayerKind]:
+    """The layers by kind, in the order of the first of each."""
+    groups: dict[tuple[str, int, int], list[SavedLayer]] = {}
+    for layer in layers:
+        groups.setdefault((layer_group(layer.name), layer.out_features, layer.in_features), []).append(layer)
+    return [LayerKind(*key, members) for key, members in groups.items()]
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are aligned to the right.
 
@@ -130,25 +158,28 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def layers_table(layers: Sequence[SavedLayer]) -> str:
-    """Ranks and compression by group: layers of equal shape whose names differ in indices only. The last row is the sum."""
-    groups: dict[tuple[str, int, int], list[SavedLayer]] = {}
-    for layer in layers:
-        groups.setdefault((layer_group(layer.name), layer.out_features, layer.in_features), []).append(layer)
+    """Ranks and compression by kind. The last row is the sum."""
     rows = [
-        [f"`{name}`", str(len(members)), f"{m}×{n}", _ranks(members), *_sizes(members)]
-        for (name, m, n), members in groups.items()
+        [
+            f"`{kind.name}`",
+            str(len(kind.layers)),
+            f"{kind.out_features}×{kind.in_features}",
+            _ranks(kind),
+            *_sizes(kind.layers),
+        ]
+        for kind in layer_kinds(layers)
     ]
     rows.append(["**all**", str(len(layers)), "", "", *_sizes(layers)])
     header = ("layers", "count", "m×n", "rank: min / mean / max", "parameters, dense", "stored", "compression")
     return table(header, rows)
 
 
-def _ranks(layers: Sequence[SavedLayer]) -> str:
-    ranks = [layer.rank for layer in layers if layer.rank is not None]
+def _ranks(kind: LayerKind) -> str:
+    ranks = kind.ranks
     if not ranks:
         return "dense"
     text = f"{min(ranks)} / {sum(ranks) / len(ranks):.1f} / {max(ranks)}"
-    dense = len(layers) - len(ranks)
+    dense = len(kind.layers) - len(ranks)
     return f"{text}, {dense} dense" if dense else text
 
 

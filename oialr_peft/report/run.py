@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from oialr_peft.card import SavedLayer, layer_group
+from oialr_peft.card import layer_kinds
 from oialr_peft.controller import OIALRUpdate
 from oialr_peft.record import RunRecord, find_record, read_record
 from oialr_peft.report import plots
@@ -222,10 +222,6 @@ def _history_plots(record: RunRecord) -> list[Plot]:
 
 
 def _kinds_table(record: RunRecord) -> Table:
-    """Layers whose names differ in indices only; those of other shapes apart."""
-    groups: dict[tuple[str, int, int], list[SavedLayer]] = {}
-    for layer in record.layers:
-        groups.setdefault((layer_group(layer.name), layer.out_features, layer.in_features), []).append(layer)
     titles = (
         "layers",
         "count",
@@ -239,21 +235,21 @@ def _kinds_table(record: RunRecord) -> Table:
     )
     columns = [Column(title, index > 0) for index, title in enumerate(titles)]
     rows = []
-    for (name, m, n), layers in groups.items():
+    for kind in layer_kinds(record.layers):
+        name, m, n, layers = kind
         ranks = [layer.rank_or_full for layer in layers]
         mean = sum(ranks) / len(ranks)
-        compression = m * n * len(layers) / sum(layer.stored_parameters for layer in layers)
         rows.append(
             [
                 Cell(name),
                 number(len(layers)),
-                number(sum(layer.rank is not None for layer in layers)),
+                number(len(kind.ranks)),
                 number(m * n, f"{m:,} × {n:,}"),
                 number(min(ranks)),
                 number(mean, f"{mean:,.1f}"),
                 number(max(ranks)),
                 number(mean / min(m, n), f"{mean / min(m, n):.0%}", mean / min(m, n)),
-                number(compression, f"{compression:.2f}×"),
+                number(kind.compression, f"{kind.compression:.2f}×"),
             ]
         )
     return Table("kinds", "By kind: names that differ in indices only.", columns, rows, sortable=True)
