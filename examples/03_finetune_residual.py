@@ -130,8 +130,9 @@ def main() -> None:
     metric = evaluate.load(example.metric)
     base = example.model or make_base_model(output / "base", args, metric)
     data = load_data(example.dataset)
-    classes = data["train"].features["label"].num_classes
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes, ignore_mismatched_sizes=True)
+    names = data["train"].features["label"].names
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    model = AutoModelForSequenceClassification.from_pretrained(base, ignore_mismatched_sizes=True, **labels)
     # the task type makes the new head train beside the adapter
     config = OIALRConfig(task_type="SEQ_CLS", residual=True, init_rank=example.init_rank, cutoff=example.cutoff)
     model = get_peft_model(model, config)
@@ -142,7 +143,7 @@ def main() -> None:
     model.save_pretrained(output / "adapter")
 
     print(f"\n{rank_table(model)}\n")
-    print(f"accuracy: {before:.2%} before, {after:.2%} after; {1 / classes:.2%} by chance")
+    print(f"accuracy: {before:.2%} before, {after:.2%} after; {1 / len(names):.2%} by chance")
     print(f"trainable: {trainer.oialr_controller.history[-1].trainable_percent:.2f} % of the base model's parameters")
     model.merge_and_unload(safe_merge=True).save_pretrained(output / "merged")  # a plain transformers model
     AutoTokenizer.from_pretrained(base).save_pretrained(output / "merged")
