@@ -16,6 +16,8 @@ from huggingface_hub import ModelCard, RepoCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in `__all__`
 
+from oialr_peft.writing import replacing
+
 if TYPE_CHECKING:
     from oialr_peft.config import OIALRConfig
     from oialr_peft.controller import OIALRUpdate
@@ -443,7 +445,8 @@ def write_section(
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{{}}\n---\n\n# {title}\n")
     card.text = with_section(card.text, made, key)
     _describe(card, library, tags, base_model)
-    card.save(path)
+    with replacing(path) as unfinished:
+        card.save(unfinished)
 
 
 def _describe(card: RepoCard, library: str, tags: Sequence[str], base_model: str | None) -> None:

@@ -17,7 +17,6 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,11 +31,13 @@ from transformers.pytorch_utils import Conv1D
 
 from oialr_peft import hub
 from oialr_peft.attention import SplitAttention
+from oialr_peft.checkpoints import WEIGHT_FILES
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import first_not_finite
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.low_rank import LowRankConfig, LowRankLinear, LowRankQuantizer, join_attention, replace_by_low_rank
 from oialr_peft.model import active_adapter
+from oialr_peft.writing import replacing_in
 
 
 def save_low_rank(
@@ -71,6 +72,7 @@ def save_low_rank(
     Raises:
         ValueError: the model is no transformers model, has no such adapter, has other adapters in it, a value is not
             finite, or a layer cannot be stored by its factors alone: in residual mode, or merged.
+        OSError: the files could not be written; what was in the directory before is unchanged.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses the upload.
 
     Examples:
@@ -92,7 +94,8 @@ def save_low_rank(
     config.quantization_config = LowRankConfig(stored.ranks, stored.split_attention)
     skeleton = _filled(base, config, stored)
     skeleton.hf_quantizer = LowRankQuantizer(config.quantization_config)  # type: ignore[assignment]
-    skeleton.save_pretrained(directory, **kwargs)
+    with replacing_in(directory, WEIGHT_FILES) as unfinished:
+        skeleton.save_pretrained(unfinished, **kwargs)
     if kwargs.get("is_main_process", True):
         target = hub.prepared_repository(directory, repo_id, private=private, token=token) if push_to_hub else None
         hub.write_low_rank_card(directory, base, adapter_name, repo_id=target)
@@ -149,6 +152,7 @@ def save_dense(
     Raises:
         ValueError: a weight is not finite, in which case nothing is written; the base weights are quantized; there are
             other adapters in the model; or it takes inputs that cannot be made here.
+        OSError: the files could not be written; what was in the directory before is unchanged.
 
     Examples:
         >>> from peft import get_peft_model
@@ -169,7 +173,8 @@ def save_dense(
     vars(config).pop("quantization_config", None)
     dense = _filled(base, config, stored)
     join_attention(dense)
-    dense.save_pretrained(directory, **kwargs)
+    with replacing_in(directory, WEIGHT_FILES) as unfinished:
+        dense.save_pretrained(unfinished, **kwargs)
     written = cast(Any, type(base).from_pretrained(directory, dtype=base.dtype)).to(base.device)
     return _compare(base, written, inputs)
 
@@ -220,6 +225,7 @@ def save_lora(model: nn.Module, directory: str | os.PathLike[str], *, adapter_na
     Raises:
         ValueError: the adapter is not residual, a value is not finite, or a layer is of a kind that LoRA has not: a
             projection of `nn.MultiheadAttention`, or a convolution with dilation or a padding mode.
+        OSError: the files could not be written; what was in the directory before is unchanged.
 
     Examples:
         >>> from peft import get_peft_model
@@ -268,13 +274,13 @@ def save_lora(model: nn.Module, directory: str | os.PathLike[str], *, adapter_na
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in state.items()},
-        Path(directory, SAFETENSORS_WEIGHTS_NAME),
-        metadata={"format": "pt"},
-    )
-    lora.save_pretrained(os.fspath(directory))
+    with replacing_in(directory) as unfinished:
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in state.items()},
+            unfinished / SAFETENSORS_WEIGHTS_NAME,
+            metadata={"format": "pt"},
+        )
+        lora.save_pretrained(os.fspath(unfinished))
 
 
 def _require_lora_equivalent(name: str, layer: OIALRLinear, model: nn.Module) -> None:

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from oialr_peft import card
+from oialr_peft.checkpoints import WEIGHT_FILES
 from oialr_peft.config import OIALRConfig
 from oialr_peft.model import active_adapter, saved_model
+from oialr_peft.writing import UNFINISHED
 
 
 def prepared_repository(
@@ -90,7 +92,8 @@ def upload(directory: str | os.PathLike[str], repo_id: str, *, token: str | bool
         repo_id=repo_id,
         folder_path=Path(directory),
         commit_message=commit_message,
-        delete_patterns=["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"],
+        ignore_patterns=f"{UNFINISHED}*",
+        delete_patterns=list(WEIGHT_FILES),
     )
 
 
