@@ -10,6 +10,7 @@ import transformers
 from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from oialr_peft.config import OIALRConfig
@@ -51,7 +52,7 @@ def convert(source: str, form: Form, output: str | os.PathLike[str], *, base: st
             raise ValueError(
                 f"`{source}` is a low-rank checkpoint already, which becomes dense at most. Use `--to dense`."
             )
-        model = _class_of(AutoConfig.from_pretrained(found.location), source).from_pretrained(found.location)
+        model = _class_of(_settings_of(found.location), source).from_pretrained(found.location)
         return save_dense(model.eval(), output)
     model = _with_adapter(found, base).eval()
     if form == "dense":
@@ -63,38 +64,47 @@ def convert(source: str, form: Form, output: str | os.PathLike[str], *, base: st
 def _with_adapter(found: Inspection, base: str | None) -> PeftModel:
     adapter = OIALRConfig.from_pretrained(found.location)
     name = base or adapter.base_model_name_or_path
-    if not name:
+    if not isinstance(name, str) or not name:
         raise ValueError(f"The adapter `{found.location}` names no base model. Name it with `--base`.")
     require_source(name)
-    settings = AutoConfig.from_pretrained(name)
+    settings = _settings_of(name)
     labels = _labels(found)
-    new_head = labels not in (
-        None,
-        settings.num_labels,
-    )  # the adapter holds it; that of the base model has another shape
+    new_head = labels not in (None, settings.num_labels)
     if new_head:
         settings.num_labels = labels
     model_class = _class_of(settings, name, adapter)
     # an adapter of pretraining holds every weight
-    if adapter.pretraining and not _has_weights(name):
-        model = _made(model_class, settings)
-    else:
-        model = model_class.from_pretrained(name, config=settings, ignore_mismatched_sizes=new_head)
+    from_scratch = adapter.pretraining and not _has_weights(name)
+    model = _made(model_class, settings) if from_scratch else _loaded(model_class, name, settings, new_head=new_head)
     return PeftModel.from_pretrained(model, found.location)
+
+
+def _settings_of(name: str) -> Any:
+    """The configuration of a model; code that comes with it is refused, not asked about."""
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _made(model_class: Any, settings: Any) -> Any:
     return model_class(settings) if issubclass(model_class, PreTrainedModel) else model_class.from_config(settings)
 
 
+def _loaded(model_class: Any, name: str, settings: Any, *, new_head: bool) -> Any:
+    """The base model; a head of another shape, which the adapter holds, is left out."""
+    return model_class.from_pretrained(
+        name, config=settings, trust_remote_code=False, ignore_mismatched_sizes=new_head
+    )
+
+
 def _class_of(settings: Any, name: str, adapter: OIALRConfig | None = None) -> Any:
     """The class that was adapted, which PEFT records by name or by task; else the one that the configuration names."""
     recorded = None
     if adapter is not None:
-        recorded = (adapter.auto_mapping or {}).get("base_model_class") or _TASKS.get(str(adapter.task_type or ""))
+        mapping = adapter.auto_mapping if isinstance(adapter.auto_mapping, dict) else {}
+        recorded = mapping.get("base_model_class") or _TASKS.get(str(adapter.task_type or ""))
     named = recorded or next(iter(settings.architectures or []), None)
-    found = getattr(transformers, named or "", None)
-    if found is None:
+    # the name is from a file: nothing but a model class may come of it
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    if not (isinstance(found, type) and issubclass(found, (PreTrainedModel, _BaseAutoModelClass))):
         raise ValueError(
             f"`{name}` names no class of transformers ({named}). Load it in Python, and save it from there."
         )
@@ -104,7 +114,7 @@ def _class_of(settings: Any, name: str, adapter: OIALRConfig | None = None) -> A
 def _labels(found: Inspection) -> int | None:
     """Number of labels of a head that is saved in the adapter."""
     heads = (found.tensors.get(f"base_model.model.{head}.weight") for head in _HEADS)
-    return next((head.shape[0] for head in heads if head is not None), None)
+    return next((head.shape[0] for head in heads if head is not None and head.shape), None)
 
 
 def _has_weights(name: str) -> bool:

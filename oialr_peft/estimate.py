@@ -11,13 +11,13 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import transformers
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.config import OIALRConfig
@@ -99,7 +99,7 @@ def estimate(
         OSError: there is no such configuration.
     """
     require_source(model)
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     dense, name = _dense(config, tokens, dtype)
     phases = [dense]
     if mode != "residual":
@@ -121,8 +121,9 @@ def _made(config: PreTrainedConfig) -> Any:
     """The model on the meta device: of the class that the configuration names, or without a head."""
     named = next(iter(config.architectures or []), None)
     model_class = getattr(transformers, named or "", None)
+    known = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)  # the name is from a file
     with torch.device("meta"):
-        return transformers.AutoModel.from_config(config) if model_class is None else model_class(config)
+        return cast(Any, model_class)(config) if known else transformers.AutoModel.from_config(config)
 
 
 def _dense(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> tuple[Phase, str]:
