@@ -1,10 +1,12 @@
-"""What saved files hold, checked by their headers before a model is changed for them. Only safetensors files are read."""
+"""What saved files hold, checked before a model is changed for them: headers of safetensors files, and JSON; nothing else."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +17,13 @@ from safetensors import SafetensorError, safe_open
 
 from oialr_peft.factors import Factors
 
+# every file of weights that a transformers checkpoint may have
+WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PARTS = Factors._fields
 _ADAPTER_PREFIX = "base_model.model."
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _FLOATING = {"F16", "BF16", "F32", "F64"}
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 
 
 class StoredTensor(NamedTuple):
@@ -26,6 +32,35 @@ class StoredTensor(NamedTuple):
     file: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it: "F32", "BF16", …
+
+
+class Elsewhere(NamedTuple):
+    """What an adapter's file may hold outside the target layers.
+
+    Attributes:
+        shapes: of the model's floating-point tensors, by name in the model without adapters.
+        required: names of those that are saved with the adapter.
+        token_rows: possible numbers of trained rows of an embedding.
+    """
+
+    shapes: Mapping[str, Sequence[int]]
+    required: Collection[str] = ()
+    token_rows: Collection[int] = ()
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it is damaged or holds something else; the message names the file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+        raise ValueError(f"`{path}` is damaged or no JSON: {error}. Get or save it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` must hold an object, but holds a {type(content).__name__}. Get or save it again.")
+    return content
 
 
 def tensors_in(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
@@ -121,7 +156,10 @@ def layer_sizes(name: str, found: Mapping[str, StoredTensor]) -> tuple[int, int,
 
 
 def check_adapter_file(
-    path: str | os.PathLike[str], ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]
+    path: str | os.PathLike[str],
+    ranks: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+    elsewhere: Elsewhere,
 ) -> None:
     """Whether an adapter's file agrees with itself, its configuration and the model.
 
@@ -129,12 +167,14 @@ def check_adapter_file(
         path: the safetensors file.
         ranks: `rank_pattern` of its configuration: full module name → rank of the factored layers.
         shapes: (m, n) of the model's target layers by full module name.
+        elsewhere: what it may hold beside these layers.
 
     Raises:
         ValueError: a layer has neither a weight nor the three factors, a shape or a rank does not fit, a tensor is not
-            floating-point, or some layers are missing. The message names the file and the tensor.
+            floating-point, or something is missing. The message names the file and the tensor.
     """
-    layers = by_layer(tensors_in(path), layer_of_key)
+    tensors = tensors_in(path)
+    layers = by_layer(tensors, layer_of_key)
     for name, found in layers.items():
         _check_layer(f"{_ADAPTER_PREFIX}{name}.oialr_", found, ranks.get(name), shapes.get(name))
     for name, rank in ranks.items():
@@ -149,30 +189,99 @@ def check_adapter_file(
             f"`{path}` holds nothing for `{missing[0]}`, which is a target in this model. The file is incomplete, or "
             "belongs to another model."
         )
+    _check_elsewhere(path, {key: stored for key, stored in tensors.items() if not layer_of_key(key)[0]}, elsewhere)
 
 
-def check_adapter_directory(directory: str | os.PathLike[str], shapes: Mapping[str, tuple[int, int]]) -> None:
+def _check_elsewhere(path: str | os.PathLike[str], tensors: Mapping[str, StoredTensor], elsewhere: Elsewhere) -> None:
+    """Checks tensors of no layer; integers are left to the model, which may count positions as it likes."""
+    found = {without_wrappers(key.removeprefix(_ADAPTER_PREFIX)): (key, stored) for key, stored in tensors.items()}
+    for name, (key, stored) in found.items():
+        embedding = elsewhere.shapes.get(f"{name.removesuffix(_TOKENS)}.weight")
+        if name.endswith(_TOKENS) and embedding is not None:
+            fits = len(stored.shape) == 2 and stored.shape[0] in elsewhere.token_rows
+            expected: Sequence[int] | None = (stored.shape[0] if fits else -1, embedding[1])
+        else:
+            expected = elsewhere.shapes.get(name)
+        if expected is None:
+            if stored.dtype in _FLOATING:
+                warnings.warn(
+                    f"`{key}` in `{path}` is left out, because this model has no place for it. Load the adapter into a "
+                    "model of the class that it was trained on.",
+                    stacklevel=2,
+                )
+        elif stored.dtype not in _FLOATING:
+            raise ValueError(f"`{key}` in `{path}` must be floating-point, but is {stored.dtype}.")
+        elif stored.shape != tuple(expected):
+            raise ValueError(
+                f"`{key}` in `{path}` has shape {stored.shape}, which is not that of the model, {tuple(expected)}. It was "
+                "saved from another model, or is damaged."
+            )
+    missing = next((name for name in elsewhere.required if name not in found), None)
+    if missing is not None:
+        raise ValueError(
+            f"`{path}` holds nothing for `{missing}`, which is saved with an adapter of these settings. The file is "
+            "incomplete, or belongs to another model."
+        )
+
+
+def without_wrappers(name: str) -> str:
+    """The name that a parameter has in the model without adapters.
+
+    >>> without_wrappers("encoder.query.base_layer.bias"), without_wrappers("classifier.modules_to_save.default.weight")
+    ('encoder.query.bias', 'classifier.weight')
+    """
+    return _WRAPPERS.sub("", name)
+
+
+def check_adapter_directory(
+    directory: str | os.PathLike[str], shapes: Mapping[str, tuple[int, int]], elsewhere: Elsewhere
+) -> None:
     """`check_adapter_file` for a saved adapter and the configuration beside it, where there is one."""
     config, path = Path(directory, CONFIG_NAME), adapter_file(os.fspath(directory))
     if path is not None and config.is_file():
-        ranks = json.loads(config.read_text(encoding="utf-8")).get("rank_pattern")
-        check_adapter_file(path, ranks or {}, shapes)
+        check_adapter_file(path, _ranks_in(read_json(config), config), shapes, elsewhere)
 
 
-def check_low_rank_files(paths: Iterable[str], ranks: Mapping[str, int]) -> None:
+def _ranks_in(content: Mapping[str, Any], config: Path) -> Mapping[str, int]:
+    ranks = content.get("rank_pattern") or {}
+    if not isinstance(ranks, dict):
+        raise ValueError(f"`rank_pattern` in `{config}` must be an object, but is {ranks!r}. Get or save it again.")
+    return ranks
+
+
+def check_low_rank_files(paths: Sequence[str], ranks: Mapping[str, int], directory: str | os.PathLike[str]) -> None:
     """Whether the files of a standalone checkpoint agree with each other and their configuration.
 
     Args:
         paths: its safetensors files.
         ranks: full module name → rank; names on disk that transformers changes while loading are not compared.
+        directory: of the checkpoint; if this is none, the files came from the Hub.
 
     Raises:
-        ValueError: as `check_adapter_file`.
+        ValueError: as `check_adapter_file`, or a file is outside the directory.
     """
+    if os.path.isdir(directory):
+        for path in paths:
+            require_inside(directory, path)
     tensors = {key: stored for path in paths for key, stored in tensors_in(path).items()}
-    for name, found in by_layer(tensors, low_rank_layer_of_key).items():
-        if set(found) == set(PARTS):
-            _check_layer(f"{name}.", found, ranks.get(name), None)
+    layers = by_layer(tensors, low_rank_layer_of_key)
+    complete = {name: found for name, found in layers.items() if set(found) == set(PARTS)}
+    for name, found in complete.items():
+        _check_layer(f"{name}.", found, ranks.get(name), None)
+    if paths and len(complete) != len(ranks):
+        raise ValueError(
+            f"`{paths[0]}` and the files beside it hold the factors of {len(complete)} layers, but config.json has ranks "
+            f"for {len(ranks)}. The checkpoint is incomplete, or its files do not belong together: get or save it again."
+        )
+
+
+def require_inside(directory: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Raise a `ValueError` when a file that a checkpoint names is not in its directory; links are not followed."""
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(directory)):
+        raise ValueError(
+            f"`{path}` is outside `{directory}`, whose index names it. Files of a checkpoint must be in its directory: do "
+            "not trust this one."
+        )
 
 
 def _check_layer(
@@ -199,6 +308,10 @@ def _check_layer(
                 f"`{prefix}{part}` in `{stored.file}` has shape {stored.shape}, but {fits[part]} would fit the model and "
                 "its other tensors. It was saved from another model, or is damaged."
             )
+    if min(m, n) < 1:
+        raise ValueError(
+            f"`{prefix}{part}` in `{file}` has shape {stored.shape}, but a layer has at least one row and column."
+        )
     if stored_rank is not None and not 1 <= stored_rank <= min(m, n):
         raise ValueError(f"`{prefix}sigma` in `{file}` has rank {stored_rank}, which a {m}×{n} weight cannot have.")
     if stored_rank != rank and not (rank is None and shape is None):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from oialr_peft import card
 from oialr_peft.values import is_collection_of, is_count, is_index, is_int, is_number
@@ -233,7 +233,13 @@ class OIALRConfig(PeftConfig):
 
         Adapters that are made from it are checked against the weights beside it before the model is changed.
         """
-        config = cast(OIALRConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
+        file = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+        try:
+            config = cast(OIALRConfig, super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
+        except (ValueError, TypeError, KeyError) as error:
+            if not file.is_file():
+                raise
+            raise ValueError(f"The configuration in `{file}` cannot be used: {error}") from error
         hub, *_ = cls._split_kwargs(kwargs)
         cast(Any, config)._source = SavedAdapter(os.fspath(pretrained_model_name_or_path), subfolder, hub)
         return config

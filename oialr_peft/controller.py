@@ -68,6 +68,7 @@ from oialr_peft.values import is_count
 logger = logging.getLogger(__name__)
 
 RANKS_NAME = "oialr_ranks.json"
+FORMAT_VERSION = 1  # of the state; raised when older releases could no longer read new ones
 # share of directions kept from which a warning says so; no route is faster there than the dense layer
 LITTLE_PRUNED = 0.9
 
@@ -168,7 +169,7 @@ class OIALRController:
         self.model = model
         self.optimizer = optimizer
         self.adapter_name = adapter_name
-        self.config = _config_of(model, adapter_name)
+        self.config = config_of(model, adapter_name)
         self.layers = adapter_layers(model, adapter_name)
         self.schedule = _schedule_of(self.config, total_steps)
         self.history: list[OIALRUpdate] = []
@@ -537,6 +538,7 @@ class OIALRController:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the weights and the optimizer: tensors, numbers and strings only."""
         return {
+            "format_version": FORMAT_VERSION,
             "steps": self._steps,
             "sigma_updates": self._sigma_updates,
             "bases": dict(self._bases),
@@ -550,8 +552,14 @@ class OIALRController:
         Parameters that loading the weights replaced are put into the optimizer in place of the old ones.
 
         Raises:
-            ValueError: a stored basis belongs to no dense layer of this model.
+            ValueError: it is of a later format, or a stored basis belongs to no dense layer of this model, or has another
+                shape than `stability_storage` keeps. The controller is then as it was.
         """
+        version = state_dict.get("format_version", 1)
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"The controller state has format {version}; this release reads up to {FORMAT_VERSION}. Upgrade oialr-peft."
+            )
         self._put_current_parameters_into_optimizer()
         dense = {name for name, layer in self.layers.items() if layer.is_dense(self.adapter_name)}
         foreign = sorted(set(state_dict["bases"]) - dense)
@@ -560,6 +568,14 @@ class OIALRController:
                 f"The controller state holds a basis of {', '.join(foreign)}, which is not a dense layer of this model."
                 " Load the model's weights from the same checkpoint first."
             )
+        for name, basis in state_dict["bases"].items():
+            shape = kept_shape(self._shape_of(name), self.config.stability_storage)
+            if tuple(basis.shape) != shape:
+                raise ValueError(
+                    f"The controller state holds a basis of `{name}` with shape {tuple(basis.shape)}, but "
+                    f"`stability_storage={self.config.stability_storage!r}` keeps {shape}. Resume with the setting of the "
+                    "first run."
+                )
         self._steps = int(state_dict["steps"])
         self._sigma_updates = int(state_dict["sigma_updates"])
         if "movement" in state_dict:  # else saved by a release that did not measure it
@@ -754,7 +770,8 @@ def _forget_products_of(layers: list[OIALRLinear]) -> Callable[..., None]:
     return after_optimizer_step
 
 
-def _config_of(model: nn.Module, adapter_name: str) -> OIALRConfig:
+def config_of(model: nn.Module, adapter_name: str) -> OIALRConfig:
+    """The configuration of an adapter of the model."""
     for module in model.modules():
         config = module.__dict__.get("peft_config", {}).get(adapter_name)
         if isinstance(config, OIALRConfig):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from abc import ABC, abstractmethod
@@ -16,9 +15,17 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from oialr_peft.card import SavedLayer, hub_id
-from oialr_peft.checkpoints import StoredTensor, by_layer, layer_of_key, layer_sizes, low_rank_layer_of_key, tensors_in
-from oialr_peft.config import CARD_SETTINGS
-from oialr_peft.low_rank import METHOD
+from oialr_peft.checkpoints import (
+    StoredTensor,
+    by_layer,
+    layer_of_key,
+    layer_sizes,
+    low_rank_layer_of_key,
+    read_json,
+    tensors_in,
+)
+from oialr_peft.config import CARD_SETTINGS, OIALRConfig
+from oialr_peft.low_rank import METHOD, LowRankConfig
 from oialr_peft.record import RECORD_NAME, RunRecord, checkpoint_step, read_record
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -91,20 +98,25 @@ def inspect_checkpoint(source: str) -> Inspection:
     if config is not None:
         return _adapter(place, config, record)
     config = place.json("config.json") or {}
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != METHOD:
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise ValueError(
             f"`{source}` is no OIALR checkpoint: it has no {CONFIG_NAME}, and no config.json with low-rank layers. Name "
             "the directory of an adapter, of a low-rank checkpoint, or the `output_dir` of a training."
         )
+    try:
+        described = LowRankConfig(**quantization)
+    except (TypeError, ValueError) as error:
+        file = Path(place.location, "config.json")
+        raise ValueError(f"The configuration in `{file}` cannot be used: {error}") from error
     tensors = {key: found for file in place.weight_files() for key, found in place.headers(file).items()}
     parts = by_layer(tensors, low_rank_layer_of_key)
     factored = {name: found for name, found in parts.items() if len(found) == 3}
     return Inspection(
         "low-rank checkpoint",
         place.location,
-        quantization.get("format_version"),
-        next(iter(config.get("architectures") or []), None),
+        described.format_version,
+        next((name for name in _listed(config.get("architectures")) if isinstance(name, str)), None),
         {},
         _layers(factored),
         tensors,
@@ -118,6 +130,7 @@ def _adapter(place: _Place, config: Mapping[str, Any], record: RunRecord | None)
             f"`{place.location}` is an adapter of type {config.get('peft_type')!r}, not OIALR. Inspect one that was "
             "trained with OIALRConfig."
         )
+    OIALRConfig.from_pretrained(place.location)  # refuses what no release wrote, and later formats
     tensors = place.headers(SAFETENSORS_WEIGHTS_NAME)
     return Inspection(
         "adapter",
@@ -129,6 +142,10 @@ def _adapter(place: _Place, config: Mapping[str, Any], record: RunRecord | None)
         tensors,
         record,
     )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _layers(found: Mapping[str, Mapping[str, StoredTensor]]) -> list[SavedLayer]:
@@ -160,13 +177,7 @@ class _Place(ABC):
     def json(self, name: str) -> dict[str, Any] | None:
         """Content of a JSON file."""
         path = self.file(name)
-        if path is None:
-            return None
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"`{path}` is damaged or no JSON: {error}. Get or save it again.") from error
-        return content
+        return None if path is None else read_json(path)
 
     def record(self) -> RunRecord | None:
         """What the run left that trained the checkpoint."""
@@ -176,7 +187,18 @@ class _Place(ABC):
     def weight_files(self) -> list[str]:
         """Names of the files of a model's weights."""
         index = self.json(SAFE_WEIGHTS_INDEX_NAME)
-        return [SAFE_WEIGHTS_NAME] if index is None else sorted(set(index["weight_map"].values()))
+        if index is None:
+            return [SAFE_WEIGHTS_NAME]
+        weight_map = index.get("weight_map")
+        named: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+        strange = [name for name in named if not isinstance(name, str) or Path(name).name != name]
+        if strange or not named:
+            file = Path(self.location, SAFE_WEIGHTS_INDEX_NAME)
+            raise ValueError(
+                f"`weight_map` in `{file}` must map tensors to files beside it, but has "
+                f"{strange[:1]}. Do not trust this checkpoint, or save it again."
+            )
+        return sorted(set(named))
 
 
 class _Directory(_Place):

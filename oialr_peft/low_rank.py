@@ -104,14 +104,23 @@ class LowRankConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
-        if format_version > FORMAT_VERSION:
+        if isinstance(format_version, int) and format_version > FORMAT_VERSION:
             raise ValueError(
                 f"The checkpoint has format {format_version}; this release reads up to {FORMAT_VERSION}. Upgrade "
                 "oialr-peft."
             )
+        known = isinstance(format_version, int) and format_version >= 1
+        listed = isinstance(split_attention, (list, tuple)) and all(isinstance(name, str) for name in split_attention)
+        if not (known and listed and isinstance(ranks, dict)):
+            raise ValueError(
+                "`quantization_config` in config.json must have an object `ranks`, a list of names `split_attention` and "
+                f"an int `format_version` ≥ 1, but has {ranks!r}, {split_attention!r} and {format_version!r}. Restore it."
+            )
         for name, rank in ranks.items():
             if not is_count(rank):
-                raise ValueError(f"`ranks` must hold positive integers, but has {rank!r} for `{name}`.")
+                raise ValueError(
+                    f"`ranks` in config.json must hold positive integers, but has {rank!r} for `{name}`. Restore it."
+                )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.ranks = ranks
         self.split_attention = list(split_attention)
@@ -125,7 +134,7 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
-        check_low_rank_files(kwargs.get("checkpoint_files") or [], config.ranks)
+        check_low_rank_files(kwargs.get("checkpoint_files") or [], config.ranks, model.name_or_path or "")
         replace_by_low_rank(model, config.ranks, config.split_attention)
         return model
 
@@ -193,7 +202,7 @@ def replace_by_low_rank(model: PreTrainedModel, ranks: dict[str, int], split_att
             made[name] = _low_rank_of(model.get_submodule(name), rank, recorded)
     if ranks and not made:
         raise ValueError(
-            f"None of the {len(ranks)} factored layers of the checkpoint, such as `{next(iter(ranks))}`, is in a "
+            f"None of the {len(ranks)} factored layers in config.json, such as `{next(iter(ranks))}`, is in a "
             f"{type(model).__name__}. Load it as the class that it was saved from."
         )
     for name, module in (attention | made).items():
@@ -221,9 +230,14 @@ def _name_here(model: PreTrainedModel, recorded: str) -> str | None:
 def _low_rank_of(module: nn.Module, rank: int, name: str) -> LowRankLinear:
     form = matricization_of(module)
     if form is None:
-        raise ValueError(f"`{name}` is stored as factors, but is a {type(module).__name__} here: not the same model.")
+        raise ValueError(
+            f"`{name}` has a rank in config.json, but is a {type(module).__name__}, which has none. Restore it, or load it "
+            "as the class that it was saved from."
+        )
     if rank > min(form.m, form.n):
-        raise ValueError(f"`{name}` is stored at rank {rank}, more than its {form.m}×{form.n} can have.")
+        raise ValueError(
+            f"`{name}` has rank {rank} in config.json, more than its {form.m}×{form.n} can have. Restore it."
+        )
     weight = module.weight
     assert isinstance(weight, Tensor)
     return LowRankLinear(form, rank, bias=module.bias is not None, device=weight.device, dtype=weight.dtype)

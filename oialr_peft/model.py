@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,
+    check_target_module_exists,
 )
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -27,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from oialr_peft.attention import ATTENTION, SplitAttention, avoid_fast_path, projections_of
 from oialr_peft.card import SavedLayer, SavedModel
-from oialr_peft.checkpoints import adapter_file, check_adapter_file
+from oialr_peft.checkpoints import Elsewhere, adapter_file, check_adapter_file, without_wrappers
 from oialr_peft.config import OIALRConfig
 from oialr_peft.factors import Factors, factorize_all
 from oialr_peft.layer import OIALRLinear, initial_rank, parameters_become_meta, supported_module
@@ -162,8 +163,13 @@ class OIALRModel(BaseTuner):
         if peft_config.is_from_checkpoint and peft_config.source is not None:
             source = peft_config.source
             file = adapter_file(source.path, source.subfolder, **source.hub)
-            if file is not None:
-                check_adapter_file(file, peft_config.rank_pattern or {}, shapes)
+            if file is None:
+                raise ValueError(
+                    f"`{source.path}` has the configuration of a saved adapter, but not its weights. Copy the whole "
+                    "directory, or set `rank_pattern` and `format_version` to None to start a new adapter."
+                )
+            elsewhere = outside_layers(model, peft_config, shapes)
+            check_adapter_file(file, peft_config.rank_pattern or {}, shapes, elsewhere)
         if not peft_config.is_from_checkpoint and not parameters_become_meta():
             ranks = {name: initial_rank(peft_config, name, shape) for name, shape in shapes.items()}
             self._bar.total = sum(rank is not None for rank in ranks.values())
@@ -412,6 +418,46 @@ class OIALRModel(BaseTuner):
     @classmethod
     def _tensors_of(cls, module_key: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key.rpartition(".")[2]: state_dict[key] for key in cls._keys_of(module_key, state_dict)}
+
+
+def outside_layers(model: nn.Module, config: OIALRConfig, targets: Collection[str]) -> Elsewhere:
+    """What a saved adapter may hold outside its layers, and what it must.
+
+    Args:
+        model: with or without the adapter.
+        config: of the adapter.
+        targets: full names of its layers.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, value in _as_adapted(model, config).items():
+        if isinstance(value, Tensor) and value.is_floating_point() and f".{PREFIX}" not in key:
+            shapes[without_wrappers(key)] = tuple(value.shape)
+    for name in targets:
+        shapes.pop(f"{name}.weight", None)
+    tokens: Any = config.trainable_token_indices or {}
+    by_module = tokens.values() if isinstance(tokens, dict) else [tokens]
+    required = [name for name in shapes if _is_saved(name, config, targets)]
+    return Elsewhere(shapes, required, {len(indices) for indices in by_module})
+
+
+def _as_adapted(model: nn.Module, config: OIALRConfig) -> dict[str, Any]:
+    """The state of the model, that of attention modules that are targets under the names of their projections."""
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and check_target_module_exists(config, name):
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+            state |= {f"{name}.{key}": value for key, value in SplitAttention(module).state_dict().items()}
+    return state
+
+
+def _is_saved(name: str, config: OIALRConfig, targets: Collection[str]) -> bool:
+    """Whether a parameter outside the layers is in the file of an adapter."""
+    module, _, part = name.rpartition(".")
+    if config.pretraining or (part == "bias" and config.bias == "all"):
+        return True
+    if part == "bias" and config.bias == "oialr_only" and module in targets:
+        return True
+    return any(f".{key}." in f".{name}" for key in config.modules_to_save or [])
 
 
 def _initial_factors(jobs: list[tuple[str, Tensor, int]]) -> Iterator[tuple[str, Factors]]:

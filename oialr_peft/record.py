@@ -17,8 +17,10 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from oialr_peft.card import SavedLayer
+from oialr_peft.checkpoints import read_json
 from oialr_peft.controller import OIALRUpdate
 from oialr_peft.values import is_count, is_index, is_number
+from oialr_peft.writing import replacing
 
 RECORD_NAME = "oialr_history.json"
 FORMAT_VERSION = 1  # raised when older releases could no longer read new files
@@ -27,6 +29,7 @@ LogEntry = Mapping[str, float | None]  # by name; `None` was not finite
 
 _TIMINGS = ("_runtime", "_per_second", "_time")  # endings of what an evaluation reports of itself, not of the model
 _REMEDY = "Get the file again, or write a new one by training with OIALRTrainer."
+_LARGEST = 2**63  # far above every count, far below what a float holds
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,10 @@ def finite_numbers(entry: Mapping[str, Any]) -> dict[str, float | None]:
 def write_record(record: RunRecord, directory: str | os.PathLike[str]) -> None:
     """Write `oialr_history.json` to a directory, which is made if it does not exist; an older one is replaced at once."""
     fields = asdict(record) | {"layers": [layer._asdict() for layer in record.layers]}
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    unfinished = Path(directory, f"{RECORD_NAME}.tmp")
     text = json.dumps({"format_version": FORMAT_VERSION, **fields}, ensure_ascii=False, allow_nan=False)
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(Path(directory, RECORD_NAME))
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with replacing(Path(directory, RECORD_NAME)) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def checkpoint_step(directory: Path) -> int | None:
@@ -156,24 +158,34 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
     Raises:
         ValueError: it is no JSON, of a later format, or a field is missing or of another type; the message names it.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"`{path}` is damaged or no JSON: {error}. {_REMEDY}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"`{path}` must hold an object, but holds a {type(data).__name__}. {_REMEDY}")
+    data = read_json(path)
     version = data.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
             f"`{path}` has format {version}; this release reads up to {FORMAT_VERSION}. Upgrade oialr-peft."
         )
-    for name, (matches, expected) in _FIELDS.items():
-        if not matches(data.get(name)):
-            raise ValueError(f"`{name}` in `{path}` must be {expected}, but is {_shown(data.get(name))}. {_REMEDY}")
+    require_fields(data, _FIELDS, path)
     fields = {name: data[name] for name in RunRecord.__dataclass_fields__}
     fields["layers"] = tuple(SavedLayer(**layer) for layer in fields["layers"])
     fields["history"] = tuple(_update_of(update) for update in fields["history"])
     return RunRecord(**fields)
+
+
+def require_fields(
+    data: Mapping[str, Any],
+    fields: Mapping[str, tuple[Callable[[Any], bool], str]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Raise a `ValueError` that names field and file unless each field is what it must be.
+
+    Args:
+        data: from the file.
+        fields: by name, whether a value will do, and what it must be in words.
+        path: of the file.
+    """
+    for name, (matches, expected) in fields.items():
+        if not matches(data.get(name)):
+            raise ValueError(f"`{name}` in `{path}` must be {expected}, but is {_shown(data.get(name))}. {_REMEDY}")
 
 
 def _update_of(stored: Mapping[str, Any]) -> OIALRUpdate:
@@ -189,11 +201,23 @@ def _shown(value: Any) -> str:
 # ---- what the fields of a file must be ---------------------------------------------------------------------------------
 
 
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and abs(value) < _LARGEST
+
+
+def _is_amount(value: Any) -> bool:
+    return is_index(value) and value < _LARGEST
+
+
+def _is_size(value: Any) -> bool:
+    return is_count(value) and value < _LARGEST
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_object(of: Callable[[Any], bool] = lambda _: True) -> Callable[[Any], bool]:
+def _is_object(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(of, value.values()))
 
 
@@ -209,41 +233,50 @@ def _has(fields: Mapping[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
     )
 
 
+def _is_plain(value: Any) -> bool:
+    """What can be written as JSON again."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return not is_number(value) or _is_finite(value)
+
+
 def _is_pair_of_ranks(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_index, value))
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_amount, value))
 
 
 def _is_log_entry(value: Any) -> bool:
-    return _is_object(lambda number: number is None or is_number(number))(value) and is_index(value.get("step"))
+    return _is_object(lambda number: number is None or _is_finite(number))(value) and _is_amount(value.get("step"))
 
 
 _is_layer = _has(
     {
         "name": _is_text,
-        "out_features": is_count,
-        "in_features": is_count,
-        "rank": lambda rank: rank is None or is_count(rank),
+        "out_features": _is_size,
+        "in_features": _is_size,
+        "rank": lambda rank: rank is None or _is_size(rank),
     }
 )
 _is_update = _has(
     {
-        "step": is_index,
-        "stability": _is_object(is_number),
+        "step": _is_amount,
+        "stability": _is_object(_is_finite),
         "frozen": _is_list(_is_text),
         "ranks": _is_object(_is_pair_of_ranks),
-        "trainable": is_index,
-        "total": is_count,
-        "seconds": is_number,
+        "trainable": _is_amount,
+        "total": _is_size,
+        "seconds": _is_finite,
     }
 )
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "format_version": (is_index, "an int"),
-    "steps": (is_index, "an int ≥ 0"),
-    "total_steps": (is_index, "an int ≥ 0"),
+    "format_version": (_is_amount, "an int"),
+    "steps": (_is_amount, "an int ≥ 0"),
+    "total_steps": (_is_amount, "an int ≥ 0"),
     "adapter_name": (_is_text, "a string"),
     "model": (lambda value: value is None or _is_text(value), "a string or null"),
-    "settings": (_is_object(), "an object"),
-    "arguments": (_is_object(), "an object"),
+    "settings": (_is_object(_is_plain), "an object of finite numbers, strings and the like"),
+    "arguments": (_is_object(_is_plain), "an object of finite numbers, strings and the like"),
     "layers": (
         lambda value: _is_list(_is_layer)(value) and len(value) > 0,
         "a list of layers with name, out_features, in_features and rank",
@@ -251,4 +284,15 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "history": (_is_list(_is_update), "a list of checks with the fields of OIALRUpdate"),
     "log": (_is_list(_is_log_entry), "a list of objects that hold numbers and a step"),
     "versions": (_is_object(_is_text), "an object of strings"),
+}
+# of the state of `OIALRController`, without its tensors; what `None` stands for was added later
+STATE_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "format_version": (lambda value: value is None or _is_count(value), "an int ≥ 1"),
+    "steps": (_is_count, "an int ≥ 0"),
+    "sigma_updates": (_is_count, "an int ≥ 0"),
+    "movement": (
+        lambda value: value is None or _has({"travelled": _is_object(_is_finite), "spent": _is_finite})(value),
+        "an object with travelled and spent",
+    ),
+    "history": (_is_list(_is_update), "a list of checks with the fields of OIALRUpdate"),
 }

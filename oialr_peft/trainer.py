@@ -26,12 +26,21 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from oialr_peft.card import Run, write_adapter_card
-from oialr_peft.checkpoints import check_adapter_directory
+from oialr_peft.checkpoints import check_adapter_directory, tensors_in
 from oialr_peft.config import OIALRConfig
-from oialr_peft.controller import OIALRController
+from oialr_peft.controller import OIALRController, config_of
 from oialr_peft.layer import OIALRLinear
-from oialr_peft.model import active_adapter, saved_model
-from oialr_peft.record import RunRecord, checkpoint_step, finite_numbers, is_model_metric, write_record
+from oialr_peft.model import active_adapter, adapter_layers, outside_layers, saved_model
+from oialr_peft.record import (
+    STATE_FIELDS,
+    RunRecord,
+    checkpoint_step,
+    finite_numbers,
+    is_model_metric,
+    require_fields,
+    write_record,
+)
+from oialr_peft.writing import replacing
 
 STATE_NAME = "oialr_state.safetensors"
 
@@ -161,9 +170,8 @@ class OIALRCallback(TrainerCallback):
         assert self.controller is not None
         state = self.controller.state_dict()
         bases = {name: basis.contiguous().cpu() for name, basis in state.pop("bases").items()}
-        unfinished = Path(directory, f"{STATE_NAME}.tmp")
-        save_file(bases, unfinished, metadata={"oialr": json.dumps(state)})
-        unfinished.replace(Path(directory, STATE_NAME))
+        with replacing(Path(directory, STATE_NAME)) as unfinished:
+            save_file(bases, unfinished, metadata={"oialr": json.dumps(state)})
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Continue from the state in `directory`.
@@ -178,10 +186,7 @@ class OIALRCallback(TrainerCallback):
                 f"The checkpoint `{directory}` has no {STATE_NAME}, so the schedule cannot be resumed. Resume from a "
                 "checkpoint that OIALRTrainer or OIALRCallback saved with `save_only_model=False`."
             )
-        with safe_open(file, framework="pt") as stored:
-            state = json.loads(stored.metadata()["oialr"])
-            state["bases"] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (not a dict)
-        self.controller.load_state_dict(state)
+        self.controller.load_state_dict(read_state(file))
 
 
 class _TrainerDrivenCallback(OIALRCallback):
@@ -319,8 +324,13 @@ class OIALRTrainerMixin(_MixinBase):
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        for layers, directory in _saved_adapters(cast(torch.nn.Module, model or self.model), resume_from_checkpoint):
-            check_adapter_directory(directory, {layer.name: (layer.form.m, layer.form.n) for layer in layers})
+        whole = cast(torch.nn.Module, model or self.model)
+        base = whole.get_base_model() if isinstance(whole, PeftModel) else whole
+        for name, directory in _saved_adapters(whole, resume_from_checkpoint):
+            shapes = {key: (layer.form.m, layer.form.n) for key, layer in adapter_layers(whole, name).items()}
+            check_adapter_directory(directory, shapes, outside_layers(base, config_of(whole, name), shapes))
+        if Path(resume_from_checkpoint, STATE_NAME).is_file():
+            read_state(Path(resume_from_checkpoint, STATE_NAME))
         if not self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -395,6 +405,26 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def read_state(file: Path) -> dict[str, Any]:
+    """The controller's state in a file that `OIALRCallback.save` wrote.
+
+    Raises:
+        ValueError: it is damaged, or of another kind; the message names the file.
+    """
+    tensors_in(file)
+    with safe_open(file, framework="pt") as stored:
+        header = (stored.metadata() or {}).get("oialr", "")
+        bases = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (it is no dictionary)
+    try:
+        state = dict(json.loads(header))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"`{file}` holds no state of a schedule: {error}. Resume from another checkpoint, or get this one again."
+        ) from error
+    require_fields(state, STATE_FIELDS, file)
+    return {**state, "bases": bases}
+
+
 def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -455,12 +485,12 @@ def _active_adapter(model: torch.nn.Module) -> str:
     return name
 
 
-def _saved_adapters(model: torch.nn.Module, checkpoint: str) -> Iterator[tuple[list[OIALRLinear], Path]]:
-    """The layers of each OIALR adapter of the model with the directory in the checkpoint that holds it."""
+def _saved_adapters(model: torch.nn.Module, checkpoint: str) -> Iterator[tuple[str, Path]]:
+    """Each OIALR adapter of the model with the directory in the checkpoint that holds it."""
     layers = [module for module in model.modules() if isinstance(module, OIALRLinear)]
     for name in sorted({name for layer in layers for name in layer._all_available_adapter_names()}):
         directory = Path(checkpoint, name)
-        yield layers, directory if directory.is_dir() else Path(checkpoint)
+        yield name, directory if directory.is_dir() else Path(checkpoint)
 
 
 def _checkpoint_directory(args: TrainingArguments, state: TrainerState) -> Path:

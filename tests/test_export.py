@@ -253,8 +253,9 @@ def test_a_checkpoint_of_a_later_format_or_another_model_is_refused(tmp_path, ma
     first = next(iter(ranks))
     for wrong, message in (
         ({first: 1000}, "is of rank 4, but the configuration beside it says rank 1000"),
-        ({"bert.embeddings.LayerNorm": 1}, "is a LayerNorm here"),
-        ({"other": 1}, "None of the 1 factored layers"),
+        ({"bert.embeddings.LayerNorm": 1}, "hold the factors of 13 layers, but config.json has ranks for 1"),
+        (dict.fromkeys([*list(ranks)[1:], "bert.embeddings.LayerNorm"], 4), "but is a LayerNorm, which has none"),
+        ({f"other.{name}": 4 for name in ranks}, "None of the 13 factored layers"),
     ):
         config["quantization_config"]["ranks"] = wrong
         (tmp_path / "config.json").write_text(json.dumps(config))
