@@ -38,12 +38,14 @@ class Elsewhere(NamedTuple):
     """What an adapter's file may hold outside the target layers.
 
     Attributes:
-        shapes: of the model's floating-point tensors, by name in the model without adapters.
-        required: names of those that are saved with the adapter.
+        shapes: of the model's tensors, by name in the model without adapters.
+        integers: names of those that are not floating-point.
+        required: names of those that are always saved with the adapter.
         token_rows: possible numbers of trained rows of an embedding.
     """
 
     shapes: Mapping[str, Sequence[int]]
+    integers: Collection[str] = ()
     required: Collection[str] = ()
     token_rows: Collection[int] = ()
 
@@ -193,7 +195,7 @@ def check_adapter_file(
 
 
 def _check_elsewhere(path: str | os.PathLike[str], tensors: Mapping[str, StoredTensor], elsewhere: Elsewhere) -> None:
-    """Checks tensors of no layer; integers are left to the model, which may count positions as it likes."""
+    """Checks the tensors of no layer; integers that this model does not have, such as positions, are no matter."""
     found = {without_wrappers(key.removeprefix(_ADAPTER_PREFIX)): (key, stored) for key, stored in tensors.items()}
     for name, (key, stored) in found.items():
         embedding = elsewhere.shapes.get(f"{name.removesuffix(_TOKENS)}.weight")
@@ -209,8 +211,12 @@ def _check_elsewhere(path: str | os.PathLike[str], tensors: Mapping[str, StoredT
                     "model of the class that it was trained on.",
                     stacklevel=2,
                 )
-        elif stored.dtype not in _FLOATING:
-            raise ValueError(f"`{key}` in `{path}` must be floating-point, but is {stored.dtype}.")
+        elif (stored.dtype in _FLOATING) == (name in elsewhere.integers):
+            kind = "integers" if name in elsewhere.integers else "floating-point numbers"
+            raise ValueError(
+                f"`{key}` in `{path}` is {stored.dtype}, but the model has {kind} there. It was saved from another model, "
+                "or is damaged."
+            )
         elif stored.shape != tuple(expected):
             raise ValueError(
                 f"`{key}` in `{path}` has shape {stored.shape}, which is not that of the model, {tuple(expected)}. It was "

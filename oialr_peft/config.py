@@ -331,7 +331,8 @@ class OIALRConfig(PeftConfig):
                 "`trainable_token_indices` must be a list of token indices, a dict from embedding name to such a list, "
                 f"or None, but is {tokens!r}. Write [5, 6], or {{'embed_tokens': [5, 6]}}."
             )
-        if not (self.modules_to_save is None or is_collection_of(str, self.modules_to_save)):
+        saved = self.modules_to_save  # an empty name would stand for the whole model
+        if not (saved is None or (is_collection_of(str, saved) and all(saved))):
             raise ValueError(
                 f"`modules_to_save` must be a list of module names or None, but is {self.modules_to_save!r}. "
                 "A single module is written as a list of one."

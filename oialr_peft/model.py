@@ -168,6 +168,11 @@ class OIALRModel(BaseTuner):
                     f"`{source.path}` has the configuration of a saved adapter, but not its weights. Copy the whole "
                     "directory, or set `rank_pattern` and `format_version` to None to start a new adapter."
                 )
+            if not shapes:
+                raise ValueError(
+                    f"Target modules of the adapter in `{source.path}` not found in the base model: "
+                    f"{peft_config.target_modules!r}. Load the model that it was trained on."
+                )
             elsewhere = outside_layers(model, peft_config, shapes)
             check_adapter_file(file, peft_config.rank_pattern or {}, shapes, elsewhere)
         if not peft_config.is_from_checkpoint and not parameters_become_meta():
@@ -429,15 +434,19 @@ def outside_layers(model: nn.Module, config: OIALRConfig, targets: Collection[st
         targets: full names of its layers.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    integers: set[str] = set()
     for key, value in _as_adapted(model, config).items():
-        if isinstance(value, Tensor) and value.is_floating_point() and f".{PREFIX}" not in key:
-            shapes[without_wrappers(key)] = tuple(value.shape)
+        if isinstance(value, Tensor) and f".{PREFIX}" not in key:
+            name = without_wrappers(key)
+            shapes[name] = tuple(value.shape)
+            integers |= set() if value.is_floating_point() else {name}
     for name in targets:
         shapes.pop(f"{name}.weight", None)
     tokens: Any = config.trainable_token_indices or {}
     by_module = tokens.values() if isinstance(tokens, dict) else [tokens]
-    required = [name for name in shapes if _is_saved(name, config, targets)]
-    return Elsewhere(shapes, required, {len(indices) for indices in by_module})
+    # transformers has made integers, such as positions, part of the state and removed them again
+    required = [name for name in shapes if name not in integers and _is_saved(name, config, targets)]
+    return Elsewhere(shapes, integers, required, {len(indices) for indices in by_module})
 
 
 def _as_adapted(model: nn.Module, config: OIALRConfig) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
             f"`{path}` has format {version}; this release reads up to {FORMAT_VERSION}. Upgrade oialr-peft."
         )
     require_fields(data, _FIELDS, path)
-    fields = {name: data[name] for name in RunRecord.__dataclass_fields__}
+    fields = {name: data.get(name) for name in RunRecord.__dataclass_fields__}
     fields["layers"] = tuple(SavedLayer(**layer) for layer in fields["layers"])
     fields["history"] = tuple(_update_of(update) for update in fields["history"])
     return RunRecord(**fields)
@@ -287,9 +287,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 # of the state of `OIALRController`, without its tensors; what `None` stands for was added later
 STATE_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "format_version": (lambda value: value is None or _is_count(value), "an int ≥ 1"),
-    "steps": (_is_count, "an int ≥ 0"),
-    "sigma_updates": (_is_count, "an int ≥ 0"),
+    "format_version": (lambda value: value is None or _is_amount(value), "an int ≥ 1"),
+    "steps": (_is_amount, "an int ≥ 0"),
+    "sigma_updates": (_is_amount, "an int ≥ 0"),
     "movement": (
         lambda value: value is None or _has({"travelled": _is_object(_is_finite), "spent": _is_finite})(value),
         "an object with travelled and spent",

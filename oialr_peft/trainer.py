@@ -186,7 +186,11 @@ class OIALRCallback(TrainerCallback):
                 f"The checkpoint `{directory}` has no {STATE_NAME}, so the schedule cannot be resumed. Resume from a "
                 "checkpoint that OIALRTrainer or OIALRCallback saved with `save_only_model=False`."
             )
-        self.controller.load_state_dict(read_state(file))
+        state = read_state(file)
+        try:
+            self.controller.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"`{file}` does not fit this training: {error}") from error
 
 
 class _TrainerDrivenCallback(OIALRCallback):
@@ -414,7 +418,8 @@ def read_state(file: Path) -> dict[str, Any]:
     tensors_in(file)
     with safe_open(file, framework="pt") as stored:
         header = (stored.metadata() or {}).get("oialr", "")
-        bases = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (it is no dictionary)
+        # copies: a tensor of the file itself would change with it, and keep it on disk after it is deleted
+        bases = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118  (it is no dictionary)
     try:
         state = dict(json.loads(header))
     except (ValueError, TypeError, RecursionError) as error:
