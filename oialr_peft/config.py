@@ -12,6 +12,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from oialr_peft import card
+from oialr_peft.registration import PREFIX
 from oialr_peft.values import is_collection_of, is_count, is_index, is_int, is_number
 
 FORMAT_VERSION = 1  # of adapter checkpoints; raised when older releases could no longer read new files
@@ -331,8 +332,8 @@ class OIALRConfig(PeftConfig):
                 "`trainable_token_indices` must be a list of token indices, a dict from embedding name to such a list, "
                 f"or None, but is {tokens!r}. Write [5, 6], or {{'embed_tokens': [5, 6]}}."
             )
-        saved = self.modules_to_save  # an empty name would stand for the whole model
-        if not (saved is None or (is_collection_of(str, saved) and all(saved))):
+        saved = self.modules_to_save  # PEFT compares ends of names: neither the whole model nor parts of the adapter
+        if not (saved is None or (is_collection_of(str, saved) and all(name and PREFIX not in name for name in saved))):
             raise ValueError(
                 f"`modules_to_save` must be a list of module names or None, but is {self.modules_to_save!r}. "
                 "A single module is written as a list of one."
