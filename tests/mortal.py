@@ -22,7 +22,7 @@ from transformers.models.bert import modeling_bert  # noqa: F401  (so that no fo
 from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer
 from oialr_peft.trainer import last_complete_checkpoint
 
-STEPS = 24
+STEPS = 12
 EVERY = 3  # steps between two saves
 # what happens in a training; "save" is one of two, by what saves
 PHASES = {
@@ -84,7 +84,7 @@ def run(directory: Path, case: str, moment: Moment | None = None) -> None:
 
 def _trainer(directory: Path, case: str) -> str:
     limit = 1 if case == "replace" else None
-    settings = {"save_strategy": "steps", "save_steps": EVERY, "save_total_limit": limit}
+    settings = {"save_strategy": "steps", "save_steps": EVERY, "save_total_limit": limit, "max_steps": STEPS}
     resume = last_complete_checkpoint(directory) is not None
     trainer = trained(directory, model=adapted(**CASES[case]), resume=resume or None, **settings)
     return _digest(trainer.model, trainer.optimizer, trainer.oialr_controller)
