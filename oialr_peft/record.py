@@ -165,7 +165,7 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
             f"`{path}` has format {version}; this release reads up to {FORMAT_VERSION}. Upgrade oialr-peft."
         )
     require_fields(data, _FIELDS, path)
-    fields = {name: data.get(name) for name in RunRecord.__dataclass_fields__}
+    fields: dict[str, Any] = {name: data.get(name) for name in RunRecord.__dataclass_fields__}
     fields["layers"] = tuple(SavedLayer(**layer) for layer in fields["layers"])
     fields["history"] = tuple(_update_of(update) for update in fields["history"])
     return RunRecord(**fields)

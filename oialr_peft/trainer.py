@@ -299,6 +299,12 @@ class OIALRTrainerMixin(_MixinBase):
         if self.accelerator.num_processes > 1 and not self.is_fsdp_enabled and self.model_wrapped is self.model:
             self.model.__dict__.pop("_is_accelerate_prepared", None)
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            # an earlier run's checkpoint of this step, written over in part, must not pass for a complete one
+            Path(_checkpoint_directory(self.args, self.state), TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # `trainer_state.json` is written next: when it is there, every process has written all that it had to

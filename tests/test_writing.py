@@ -183,6 +183,21 @@ def test_a_run_whose_disk_is_full_resumes_from_its_last_checkpoint(failing, tmp_
     assert resumed.oialr_controller.steps == 12
 
 
+@pytest.mark.filterwarnings("ignore:.*not written to its end:UserWarning")
+def test_a_checkpoint_of_an_earlier_run_that_is_written_over_in_part_is_not_complete(tmp_path, monkeypatch):
+    def no_space(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    options = {"save_strategy": "steps", "save_steps": 6, "max_steps": 6}
+    trained(tmp_path, model=adapted(), **options)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    monkeypatch.setattr("oialr_peft.trainer.save_file", no_space)
+    with pytest.raises(OSError, match="No space left on device"):
+        trained(tmp_path, model=adapted(), **options)
+    assert (tmp_path / "checkpoint-6" / "oialr_state.safetensors").is_file()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
 def test_safetensors_fails_in_words_of_its_own(tmp_path):
     """Why errors of safetensors are named: it leaves out which file it could not write."""
     with full_disk(10), pytest.raises(Exception, match="os error 27") as raised:
