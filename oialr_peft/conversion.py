@@ -52,7 +52,8 @@ def convert(source: str, form: Form, output: str | os.PathLike[str], *, base: st
             raise ValueError(
                 f"`{source}` is a low-rank checkpoint already, which becomes dense at most. Use `--to dense`."
             )
-        model = _class_of(_settings_of(found.location), source).from_pretrained(found.location)
+        settings = _settings_of(found.location)
+        model = _loaded(_class_of(settings, source), found.location, settings)
         return save_dense(model.eval(), output)
     model = _with_adapter(found, base).eval()
     if form == "dense":

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from oialr_cli.output import inspection_text
 from oialr_peft import OIALRCallback, OIALRConfig, OIALRController, save_low_rank
+from oialr_peft.conversion import convert
 from oialr_peft.inspection import inspect_checkpoint
 from oialr_peft.model import adapter_layers
 from oialr_peft.record import RECORD_NAME, read_record, write_record
@@ -233,6 +234,23 @@ def test_a_damaged_standalone_checkpoint_is_refused_or_holds_what_its_files_hold
                 for key, value in load_file(standalone / name).items():
                     assert key in reported or same(held[key], value), f"{case}: {key}"
     assert min(outcomes["refused"], outcomes["loaded"]) > count / 30
+
+
+@cases(10, 60)
+@pytest.mark.usefixtures("quiet")
+def test_a_damaged_checkpoint_is_exported_whole_or_not_at_all(count: int, standalone: Path, tmp_path: Path):
+    outcomes: Counter[str] = Counter()
+    checkpoint = Damaged(standalone, *shards(standalone), "model.safetensors.index.json", "config.json")
+    for number, (case, _) in enumerate(checkpoint.cases(count)):
+        output = tmp_path / str(number)
+        _, error, _ = attempt(convert, str(standalone), "dense", output)
+        if error is not None:
+            outcomes["refused"] += 1
+            assert not output.exists() or not list(output.iterdir()), f"{case}: {error!r}"
+        else:
+            outcomes["loaded"] += 1
+            assert AutoModelForSequenceClassification.from_pretrained(output).config.num_labels == 3
+    assert outcomes["refused"] > count / 30
 
 
 # ---- what is read without a model ------------------------------------------------------------------------------------
