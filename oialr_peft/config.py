@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from peft.config import PeftConfig

@@ -89,11 +89,9 @@ def _made(model_class: Any, settings: Any) -> Any:
     return model_class(settings) if issubclass(model_class, PreTrainedModel) else model_class.from_config(settings)
 
 
-def _loaded(model_class: Any, name: str, settings: Any, *, new_head: bool) -> Any:
-    """The base model; a head of another shape, which the adapter holds, is left out."""
-    return model_class.from_pretrained(
-        name, config=settings, trust_remote_code=False, ignore_mismatched_sizes=new_head
-    )
+def _loaded(model_class: Any, name: str, settings: Any, *, new_head: bool = False) -> Any:
+    """The model; with `new_head`, a head of another shape in the file, which the adapter holds, is left out."""
+    return model_class.from_pretrained(name, config=settings, trust_remote_code=False, ignore_mismatched_sizes=new_head)
 
 
 def _class_of(settings: Any, name: str, adapter: OIALRConfig | None = None) -> Any:
