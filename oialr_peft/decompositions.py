@@ -77,32 +77,39 @@ def thin_svd(matrix: Tensor, name: str) -> SVD:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     warnings.warn(f"The SVD of `{name}` did not converge; retrying through its Gram matrix in float64.", stacklevel=3)
-    found = _svd_by_gram(matrix)
-    if not _is_finite(*found):
-        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-            f"Neither the SVD of `{name}` nor that of its Gram matrix gave finite factors. Move the model to another "
-            "device, or go back to an earlier checkpoint."
-        )
-    return found
+    failure = None
+    try:
+        found = _svd_by_gram(matrix)
+        if _is_finite(*found):
+            return found
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        failure = error
+    raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+        f"Neither the SVD of `{name}` nor that of its Gram matrix gave finite factors. Move the model to another "
+        "device, or go back to an earlier checkpoint."
+    ) from failure
 
 
 def leading_svd(matrix: Tensor, rank: int, name: str) -> SVD:
     """The `rank` largest directions of a finite (m, n) matrix in float32 or float64, by the cheapest sound route.
 
     The Gram route gives them as exactly as the SVD does, for σ ≥ .01 σ_max. Subspace iteration stops when the energy
-    that it holds grows by less than .01 % per step.
+    that it holds grows by less than .01 % per step. When either fails, all directions are computed, with a warning.
     """
     m, n = matrix.shape
     if m < n:
         return leading_svd(matrix.mT, rank, name).mT
     if n > _SMALL and 2 * rank <= n:
         scaled, scale = _scaled(matrix)
-        basis = _leading_subspace(scaled, rank) if n >= _LARGE and 16 * rank <= n else None
-        if basis is None:
-            basis = torch.linalg.eigh(_gram_below_diagonal(scaled)).eigenvectors[:, -rank:]
-        found = _rayleigh_ritz(scaled, basis).cut(rank)
-        if _is_finite(*found) and bool(found.s[-1] >= _RELIABLE * found.s[0]):
-            return found._replace(s=found.s / scale)
+        try:
+            basis = _leading_subspace(scaled, rank) if n >= _LARGE and 16 * rank <= n else None
+            if basis is None:
+                basis = torch.linalg.eigh(_gram_below_diagonal(scaled)).eigenvectors[:, -rank:]
+            found = _rayleigh_ritz(scaled, basis).cut(rank)
+            if _is_finite(*found) and bool(found.s[-1] >= _RELIABLE * found.s[0]):
+                return found._replace(s=found.s / scale)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            _warn_of_slower_route(name)
     found = svd_by_polar(matrix, name) if n > _SMALL and matrix.is_cuda else thin_svd(matrix, name)
     return found.cut(rank)
 
@@ -113,7 +120,7 @@ def svd_by_polar(matrix: Tensor, name: str) -> SVD:
     ``W = B H``, ``H = V S Vᵀ``, ``U = B V``: H has the singular values of W, not their squares.
     """
     basis, deviation = polar_iteration(matrix)
-    return _svd_from_polar(matrix, basis) if bool(deviation <= _ORTHONORMAL) else thin_svd(matrix, name)
+    return _svd_from_polar(matrix, basis, name) if bool(deviation <= _ORTHONORMAL) else thin_svd(matrix, name)
 
 
 def polar_iteration(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,14 +178,25 @@ def _full_precision() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _svd_from_polar(matrix: Tensor, basis: Tensor) -> SVD:
+def _svd_from_polar(matrix: Tensor, basis: Tensor, name: str) -> SVD:
     if matrix.shape[0] < matrix.shape[1]:
-        return _svd_from_polar(matrix.mT, basis.mT).mT
+        return _svd_from_polar(matrix.mT, basis.mT, name).mT
     with _full_precision():
         hermitian = basis.mT @ matrix
-        s, v = torch.linalg.eigh((hermitian + hermitian.mT) / 2)
+        try:
+            s, v = torch.linalg.eigh((hermitian + hermitian.mT) / 2)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            _warn_of_slower_route(name)
+            return thin_svd(matrix, name)
         v = v.flip(-1)
         return SVD(basis @ v, s.flip(-1).clamp_min(0), v.mT)
+
+
+def _warn_of_slower_route(name: str) -> None:
+    warnings.warn(
+        f"The fast decomposition of `{name}` did not converge; computing its SVD instead, which takes longer.",
+        stacklevel=4,
+    )
 
 
 def _rayleigh_ritz(matrix: Tensor, basis: Tensor) -> SVD:
@@ -236,7 +254,7 @@ def _svd_by_gram(matrix: Tensor) -> SVD:
 
 def largest_entry(tensor: Tensor) -> Tensor:
     """Max |x| as a scalar, NaN if there is one; in one pass, and without a copy."""
-    low, high = tensor.aminmax()
+    low, high = tensor.detach().aminmax()
     return torch.maximum(-low, high)
 
 
@@ -287,7 +305,7 @@ class Decomposition:
     def svd(self) -> SVD:
         """All k directions."""
         if not isinstance(self._found, SVD):
-            self._found = _svd_from_polar(self._weight.to(self._found.dtype), self._found)
+            self._found = _svd_from_polar(self._weight.to(self._found.dtype), self._found, self.name)
         return self._found
 
 
