@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from oialr_peft.decompositions import SVD, largest_entry, leading_svd, map_concurrently, thin_svd
+
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 class Factors(NamedTuple):
@@ -71,7 +74,9 @@ def factorize(weight: Tensor, *, rank: int | None = None, name: str = "weight") 
         u (m, rank), sigma (rank, rank) diagonal and descending, vh (rank, n), in the dtype of `weight`.
 
     Raises:
-        ValueError: `weight` is not a non-empty floating matrix, holds NaN or Inf, or `rank` is out of range.
+        TypeError: `weight` is no tensor.
+        ValueError: `weight` is not a dense, non-empty floating matrix, holds NaN or Inf, has a singular value that its
+            dtype cannot hold, or `rank` is out of range.
         torch.linalg.LinAlgError: neither the SVD nor the fallback converged.
 
     Examples:
@@ -84,17 +89,13 @@ def factorize(weight: Tensor, *, rank: int | None = None, name: str = "weight") 
     full_rank = min(weight.shape)
     if rank is None:
         rank = full_rank
-    if not 1 <= rank <= full_rank:
+    if not isinstance(rank, Integral) or not 1 <= rank <= full_rank:
         raise ValueError(
             f"`rank` must be between 1 and min(m, n) = {full_rank} for `{name}` of shape {tuple(weight.shape)}, "
-            f"but is {rank}. Choose a rank in that range, or None to keep all directions."
+            f"but is {rank!r}. Choose a rank in that range, or None to keep all directions."
         )
     found = leading_svd(weight.to(compute_dtype(weight)), rank, name)
-    if found.s[0] > torch.finfo(weight.dtype).max:
-        raise ValueError(
-            f"The largest singular value of `{name}` is {found.s[0]:.3g}, too large for {weight.dtype}. Convert the "
-            "weight to float32 or bfloat16 first."
-        )
+    require_in_range(found.s, weight.dtype, name)
     return factors_of(found, weight.dtype)
 
 
@@ -156,7 +157,7 @@ def stability(basis: Tensor, previous: Tensor) -> float:
         previous: that of the same weight earlier.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or one of them is not a non-empty matrix of finite numbers.
 
     Examples:
         >>> basis = polar_factor(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
@@ -168,6 +169,8 @@ def stability(basis: Tensor, previous: Tensor) -> float:
             f"`basis` and `previous` must have one shape, but have {tuple(basis.shape)} and {tuple(previous.shape)}. "
             "Compare two bases of the same weight."
         )
+    _require_finite_matrix(basis, "basis")
+    _require_finite_matrix(previous, "previous")
     dtype = compute_dtype(basis)
     inner = (basis.to(dtype) * previous.to(device=basis.device, dtype=dtype)).sum(dtype=torch.float64)
     return min(1.0, max(-1.0, inner.item() / min(basis.shape)))
@@ -183,7 +186,8 @@ def rediagonalize(factors: Factors, *, name: str = "sigma") -> Factors:
         name: what the error message calls sigma.
 
     Raises:
-        ValueError, torch.linalg.LinAlgError: as `factorize`.
+        ValueError: the shapes do not fit, sigma holds NaN or Inf, or has a singular value that its dtype cannot hold.
+        torch.linalg.LinAlgError: as `factorize`.
 
     Examples:
         >>> factors = Factors(torch.eye(2), torch.tensor([[0.0, 1.0], [4.0, 0.0]]), torch.eye(2))
@@ -191,7 +195,9 @@ def rediagonalize(factors: Factors, *, name: str = "sigma") -> Factors:
         tensor([[4., 0.],
                 [0., 1.]])
     """
+    _require_fitting(factors)
     rotation = rotation_of(factors.sigma, name=name)
+    require_in_range(rotation.singular_values, factors.sigma.dtype, name)
     return rotate(factors, rotation)
 
 
@@ -257,8 +263,10 @@ def rank_to_keep(singular_values: Tensor, *, cutoff: float, max_rank_drop: float
 
 def count_above(singular_values: Tensor, cutoff: float) -> Tensor:
     """#{σ ≥ β·σ_max} of (r,) descending singular values, as an integer scalar on their device."""
+    # in a narrow dtype the product of subnormal numbers would be zero, which all reach
+    values = singular_values.double()
     # an all-zero core has lost nothing yet: 0 ≥ β·0 keeps every direction
-    return (singular_values >= cutoff * singular_values[0]).sum()
+    return (values >= cutoff * values[0]).sum()
 
 
 def count_needed(energies: Tensor, total: Tensor, largest_loss: float) -> Tensor:
@@ -297,19 +305,20 @@ def truncate(factors: Factors, *, cutoff: float, max_rank_drop: float = 0.5, min
         min_rank: floor, a number of directions ≥ 1.
 
     Raises:
-        ValueError: an argument is out of range, or sigma is not diagonal.
+        ValueError: an argument is out of range, the shapes do not fit, or sigma is not diagonal.
 
     Examples:
         >>> factors = factorize(torch.diag(torch.tensor([10.0, 5.0, 0.5, 0.1])))
         >>> truncate(factors, cutoff=0.1).rank
         2
     """
-    if not 0 <= cutoff < 1:
-        raise ValueError(f"`cutoff` must be in [0, 1), but is {cutoff}. 0.1 drops σ below a tenth of the largest.")
-    if not 0 <= max_rank_drop <= 1:
-        raise ValueError(f"`max_rank_drop` must be in [0, 1], but is {max_rank_drop}. 0.5 at most halves the rank.")
-    if min_rank < 1:
-        raise ValueError(f"`min_rank` must be at least 1, but is {min_rank}. A layer keeps at least one direction.")
+    if not isinstance(cutoff, Real) or not 0 <= cutoff < 1:
+        raise ValueError(f"`cutoff` must be in [0, 1), but is {cutoff!r}. 0.1 drops σ below a tenth of the largest.")
+    if not isinstance(max_rank_drop, Real) or not 0 <= max_rank_drop <= 1:
+        raise ValueError(f"`max_rank_drop` must be in [0, 1], but is {max_rank_drop!r}. 0.5 at most halves the rank.")
+    if not isinstance(min_rank, Integral) or min_rank < 1:
+        raise ValueError(f"`min_rank` must be at least 1, but is {min_rank!r}. A layer keeps at least one direction.")
+    _require_fitting(factors)
     _require_finite_matrix(factors.sigma, "sigma")
     singular_values = factors.sigma.diagonal()
     if not torch.equal(factors.sigma, torch.diag(singular_values)) or bool((singular_values.diff() > 0).any()):
@@ -327,12 +336,17 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with NaN or Inf; waits for the device once, however many there are."""
+    return next(iter(not_finite(tensors)), None)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors with NaN or Inf; waits for the device once, however many there are."""
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel() > 0}
     if not tensors:
-        return None
-    largest = [largest_entry(tensor.detach()).float() for tensor in tensors.values()]
-    on_host = torch.stack([entry.to(largest[0].device) for entry in largest]).tolist()
-    return next((name for name, entry in zip(tensors, on_host, strict=True) if not math.isfinite(entry)), None)
+        return []
+    finite = [torch.isfinite(largest_entry(tensor)) for tensor in tensors.values()]
+    on_host = torch.stack([each.to(finite[0].device) for each in finite]).tolist()
+    return [name for name, each in zip(tensors, on_host, strict=True) if not each]
 
 
 def not_finite_error(name: str) -> ValueError:
@@ -343,11 +357,39 @@ def not_finite_error(name: str) -> ValueError:
     )
 
 
-def _require_finite_matrix(matrix: Tensor, name: str) -> None:
-    if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
+def require_in_range(singular_values: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raise a ValueError when the largest of the (r,) singular values of `name` would be Inf in `dtype`."""
+    largest = float(singular_values.detach().max())
+    if largest > torch.finfo(dtype).max:
         raise ValueError(
-            f"`{name}` must be a non-empty floating-point matrix, but has shape {tuple(matrix.shape)} and dtype "
-            f"{matrix.dtype}. Reshape it to (out, in), or dequantize it first."
+            f"The largest singular value of `{name}` is {largest:.3g}, too large for {dtype}. Convert the weight to "
+            "float32 or bfloat16 first."
+        )
+
+
+def _require_fitting(factors: Factors) -> None:
+    shapes = [tuple(factor.shape) for factor in factors]
+    if {len(shape) for shape in shapes} != {2} or len({shapes[0][1], *shapes[1], shapes[2][0]}) != 1:
+        raise ValueError(
+            f"`factors` must be u (m, r), sigma (r, r) and vh (r, n), but have the shapes {shapes}. Take all three from "
+            "one decomposition."
+        )
+
+
+def _require_finite_matrix(matrix: Tensor, name: str) -> None:
+    if not isinstance(matrix, Tensor):
+        raise TypeError(
+            f"`{name}` must be a torch.Tensor, but is of type {type(matrix).__name__}. Convert it with torch.as_tensor."
+        )
+    if matrix.ndim != 2 or matrix.numel() == 0 or matrix.dtype not in DTYPES or matrix.layout != torch.strided:
+        raise ValueError(
+            f"`{name}` must be a non-empty floating-point matrix, dense and of at least 16 bits, but has shape "
+            f"{tuple(matrix.shape)}, dtype {matrix.dtype} and layout {matrix.layout}. Reshape it to (out, in), make it "
+            "dense, or dequantize it first."
+        )
+    if matrix.is_meta:
+        raise ValueError(
+            f"`{name}` is on the meta device, so it holds no values. Load the weights before they are decomposed."
         )
     if not bool(torch.isfinite(largest_entry(matrix))):
         raise not_finite_error(name)
