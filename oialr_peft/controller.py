@@ -18,7 +18,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,14 +42,17 @@ from oialr_peft.factors import (
     count_needed,
     factors_of,
     first_not_finite,
+    not_finite,
     not_finite_error,
+    require_finite,
+    require_in_range,
     rotate,
 )
 from oialr_peft.inputs import RecentInputs
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.learning_rate import SigmaLearningRate
 from oialr_peft.model import adapter_layers
-from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, transport_state
+from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, is_transportable, transport_state
 from oialr_peft.movement import Movement
 from oialr_peft.outcome import Outcome, exchanged
 from oialr_peft.progress import decomposition_bar, log_check
@@ -71,6 +74,7 @@ RANKS_NAME = "oialr_ranks.json"
 FORMAT_VERSION = 1  # of the state; raised when older releases could no longer read new ones
 # share of directions kept from which a warning says so; no route is faster there than the dense layer
 LITTLE_PRUNED = 0.9
+UNKNOWN = -1  # how many directions a bound needs, when the outputs are not finite
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,9 @@ class OIALRController:
             The update, when this step was a check, else None.
 
         Raises:
-            ValueError: a weight holds NaN or Inf; the message names the module.
+            ValueError: a weight holds NaN or Inf; the message names the module, and nothing was changed. Or a layer's Σ
+                would, because its dtype cannot hold a singular value.
+            torch.linalg.LinAlgError: a weight cannot be decomposed. Layers that came before it in this check are changed.
         """
         if isinstance(self.optimizer, AcceleratedOptimizer) and self.optimizer.step_was_skipped:
             return None
@@ -312,10 +318,11 @@ class OIALRController:
                 if found.name not in kept or self._freezes(found, stability.get(found.name), intervals_left)
             }
             ranks = self._ranks_after(rotations, due)
+            broken = self._require_numbers(rotations, slots)
             for name in (found.name for found in decompositions):
                 if name in rotations:
-                    outcome = self._changed(name, rotations[name].cut(ranks[name]), name in due, slots)
-                    yield replace(outcome, stability=stability.get(name))
+                    rotation = rotations[name].cut(ranks[name])
+                    yield self._changed(name, rotation, stability.get(name), name in due, name in broken, slots)
                 else:
                     yield Outcome(name, stability.get(name), kept[name])
 
@@ -350,6 +357,29 @@ class OIALRController:
             svd = svd.cut(self.layers[found.name].full_rank[self.adapter_name])
         return Rotation(svd.u, svd.s, svd.vh.mT)
 
+    def _require_numbers(self, rotations: dict[str, Rotation], slots: OptimizerSlots) -> set[str]:
+        """The layers whose optimizer state holds NaN or Inf, which a change of basis would spread over all of it.
+
+        Raises:
+            ValueError: a layer's new Σ would hold Inf.
+        """
+        singular_values = {
+            name: found.singular_values.to(self._trained[name].dtype) for name, found in rotations.items()
+        }
+        states = {name: self._state(name, slots) for name in rotations}
+        moments = {
+            f"{name}.{key}": value
+            for name, state in states.items()
+            if is_transportable(state, self._trained[name].shape)
+            for key, value in state.items()
+            if is_moment(value)
+        }
+        found = not_finite(singular_values | moments)
+        for name in found:
+            if name in rotations:
+                require_in_range(rotations[name].singular_values, self._trained[name].dtype, name)
+        return {key.rpartition(".")[0] for key in found}
+
     def _ranks_after(self, rotations: dict[str, Rotation], due: set[str]) -> dict[str, int]:
         """Ranks to keep; those of layers that are not due stay as they are."""
         ranks = {name: rotation.singular_values.numel() for name, rotation in rotations.items()}
@@ -358,6 +388,13 @@ class OIALRController:
             return ranks
         for name, above in zip(counted, torch.stack(list(counted.values())).tolist(), strict=True):
             layer = self.layers[name]
+            if above == UNKNOWN:
+                warnings.warn(
+                    f"What `{name}` was given in the last step gives outputs of NaN or Inf, so `max_output_loss` cannot be "
+                    "kept: the layer keeps its rank in this check. Look for the batch or the layer that they come from.",
+                    stacklevel=5,
+                )
+                continue
             ranks[name] = bounded_rank(
                 above,
                 ranks[name],
@@ -378,25 +415,31 @@ class OIALRController:
             # nobody knows what a layer that was not called contributes
             return torch.full_like(above, rotation.singular_values.numel())
         energies, total = self._output_energies(name, rotation, sample.to(rotation.q.dtype))
-        return torch.maximum(above, count_needed(energies, total, self.config.max_output_loss))
+        needed = torch.maximum(above, count_needed(energies, total, self.config.max_output_loss))
+        return torch.where(torch.isfinite(total), needed, UNKNOWN)
 
     def _output_energies(self, name: str, rotation: Rotation, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean energy σᵢ² (vᵢᵀ x)² of each direction on the sample, and that of the whole layer without its bias."""
+        """Mean energy σᵢ² (vᵢᵀ x)² of each direction on the sample, and that of the whole layer without its bias.
+
+        Squares are float64: those of numbers above 1e19 or below 1e-23 leave the range of float32.
+        """
         layer = self.layers[name]
-        form, sigma = layer.form, rotation.singular_values
+        form, sigma = layer.form, rotation.singular_values.double()
         if self._is_dense(name):
-            narrow = form.rows(form.apply(sample, rotation.q.mT))
+            narrow = form.rows(form.apply(sample, rotation.q.mT)).double()
             energies = sigma**2 * narrow.square().mean(0)
             return energies, energies.sum()
         factors = Factors(*(factor.to(sample.dtype) for factor in self._factors(name)))
-        narrow = form.rows(form.apply(sample, factors.vh)) @ rotation.q
+        narrow = (form.rows(form.apply(sample, factors.vh)) @ rotation.q).double()
         energies = sigma**2 * narrow.square().mean(0)
         if not layer.residual[self.adapter_name] or self._sharded:
             return energies, energies.sum()
         output = layer.base_output(sample) + form.chain(sample, factors, None)
-        return energies, form.rows(output).square().mean(0).sum()
+        return energies, form.rows(output).double().square().mean(0).sum()
 
-    def _changed(self, name: str, rotation: Rotation, due: bool, slots: OptimizerSlots) -> Outcome:
+    def _changed(
+        self, name: str, rotation: Rotation, stability: float | None, due: bool, broken: bool, slots: OptimizerSlots
+    ) -> Outcome:
         """New factors and optimizer state of a layer whose trained matrix becomes the diagonal of `rotation`."""
         old = self._trained[name]
         if self._is_dense(name):
@@ -404,6 +447,9 @@ class OIALRController:
             factors = factors_of(found, old.dtype)
         else:
             factors = rotate(self._factors(name), rotation)
+        rank_before = self._rank_before(name) if due else None
+        if broken:
+            return Outcome(name, stability, None, factors, None, rank_before, broken=True)
         size = self._size_for(name, factors.rank)
         # zero rows and columns: the state of the dropped directions of a masked layer becomes zero, its shape stays
         p, q = (
@@ -411,7 +457,7 @@ class OIALRController:
             for side, rows in zip((rotation.p, rotation.q), old.shape, strict=True)
         )
         state = transport_state(self._state(name, slots), old.shape, p, q)
-        return Outcome(name, None, None, factors, state, self._rank_before(name) if due else None)
+        return Outcome(name, stability, None, factors, state, rank_before)
 
     def _apply(self, outcome: Outcome, slots: OptimizerSlots) -> None:
         name = outcome.name
@@ -432,7 +478,13 @@ class OIALRController:
             }
         self._trained[name] = layer.trained_parameter(self.adapter_name)
         slots.replace(old, self._trained[name], state)
-        if outcome.state is None and not self._reset_warned:
+        if outcome.broken:
+            warnings.warn(
+                f"The state that {type(self.optimizer).__name__} keeps for `{name}` holds NaN or Inf, so it is reset with "
+                "the change of basis. Training has nearly diverged: lower the learning rate, or clip gradients.",
+                stacklevel=4,
+            )
+        elif outcome.state is None and not self._reset_warned:
             self._reset_warned = True
             warnings.warn(
                 f"The state that {type(self.optimizer).__name__} keeps for `{name}` cannot follow a change of basis, so "
@@ -494,7 +546,9 @@ class OIALRController:
             if name in mine:
                 self._whole[name] = _Whole(matrix, factors, state)
 
-    def _expected(self, name: str, stability: float, rank: int, *, due: set[str], slots: OptimizerSlots) -> Outcome:
+    def _expected(
+        self, name: str, stability: float, rank: int, broken: bool, *, due: set[str], slots: OptimizerSlots
+    ) -> Outcome:
         """The outcome that another process found, with unset tensors to receive it into."""
         measured = stability if name in self._bases else None
         old, layer = self._trained[name], self.layers[name]
@@ -506,7 +560,8 @@ class OIALRController:
         empty = partial(torch.empty, dtype=old.dtype, device=old.device)
         factors = Factors(empty(m, rank), empty(rank, rank), empty(rank, n))
         state = empty_state(shaped_as_whole(slots.state_of(old)), old.shape, self._size_for(name, rank))
-        return Outcome(name, measured, None, factors, state, self._rank_before(name) if name in due else None)
+        rank_before = self._rank_before(name) if name in due else None
+        return Outcome(name, measured, None, factors, None if broken else state, rank_before, broken)
 
     def _require_finite(self) -> None:
         """Raise on every process when one of them holds NaN or Inf."""
@@ -552,8 +607,8 @@ class OIALRController:
         Parameters that loading the weights replaced are put into the optimizer in place of the old ones.
 
         Raises:
-            ValueError: it is of a later format, or a stored basis belongs to no dense layer of this model, or has another
-                shape than `stability_storage` keeps. The controller is then as it was.
+            ValueError: it is of a later format, or a stored basis belongs to no dense layer of this model, has another
+                shape than `stability_storage` keeps, or holds NaN or Inf. The controller is then as it was.
         """
         version = state_dict.get("format_version", 1)
         if version > FORMAT_VERSION:
@@ -576,6 +631,7 @@ class OIALRController:
                     f"`stability_storage={self.config.stability_storage!r}` keeps {shape}. Resume with the setting of the "
                     "first run."
                 )
+        require_finite(state_dict["bases"])
         self._steps = int(state_dict["steps"])
         self._sigma_updates = int(state_dict["sigma_updates"])
         if "movement" in state_dict:  # else saved by a release that did not measure it

@@ -25,6 +25,7 @@ class Outcome:
         factors: of a layer that was factored or rotated; sigma is diagonal.
         state: what the optimizer keeps for the new sigma; `None` when it cannot follow and is reset.
         rank_before: of a layer that takes part in the Σ update.
+        broken: whether the optimizer's state held NaN or Inf, and is reset therefore.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Outcome:
     factors: Factors | None = None
     state: dict[str, Any] | None = None
     rank_before: int | None = None
+    broken: bool = False
 
     def without_tensors(self) -> Outcome:
         """What is left to report."""
@@ -59,7 +61,7 @@ class Outcome:
 class Expected(Protocol):
     """Makes the outcome that another process found, with unset tensors to receive it into."""
 
-    def __call__(self, name: str, stability: float, rank: int) -> Outcome:
+    def __call__(self, name: str, stability: float, rank: int, broken: bool) -> Outcome:
         """The outcome of a layer; `rank` 0 means that it stays dense."""
 
 
@@ -70,7 +72,7 @@ def exchanged(
     failure: Exception | None,
     expected: Expected,
 ) -> list[Outcome]:
-    """The outcomes of all processes: first three numbers for each, then each tensor once, from the one that computed it.
+    """The outcomes of all processes: first four numbers for each, then each tensor once, from the one that computed it.
 
     Args:
         processes: all of them call this.
@@ -86,24 +88,24 @@ def exchanged(
         Exception: the failure of this process.
         RuntimeError: another process failed.
     """
-    table = torch.zeros(len(shares), 3, dtype=torch.float64)  # done, Stability, new rank (0: stays dense)
+    table = torch.zeros(len(shares), 4, dtype=torch.float64)  # done, Stability, new rank (0: stays dense), broken state
     for row, (job, _) in zip(table, shares, strict=True):
         if job.name in found:
             outcome = found[job.name]
             rank = 0 if outcome.factors is None else outcome.factors.rank
-            row.copy_(torch.tensor([1.0, outcome.stability or 0.0, rank], dtype=row.dtype))
+            row.copy_(torch.tensor([1.0, outcome.stability or 0.0, rank, outcome.broken], dtype=row.dtype))
     rows = processes.merged(table).tolist()
     if failure is not None:
         raise failure
-    for (done, _, _), (job, owner) in zip(rows, shares, strict=True):
+    for (done, *_), (job, owner) in zip(rows, shares, strict=True):
         if not done:
             raise RuntimeError(
                 f"Process {owner} could not decompose `{job.name}`; its own error message says why. All processes stop. "
                 "Go back to the last checkpoint."
             )
     outcomes = [
-        found.get(job.name) or expected(job.name, stability, int(rank))
-        for (job, _), (_, stability, rank) in zip(shares, rows, strict=True)
+        found.get(job.name) or expected(job.name, stability, int(rank), bool(broken))
+        for (job, _), (_, stability, rank, broken) in zip(shares, rows, strict=True)
     ]
     messages = [outcome.message(processes.device) for outcome in outcomes]
     processes.send(

@@ -602,6 +602,46 @@ def test_processes_at_different_steps_stop(two):
         assert "at different optimizer steps, 3 to 4" in outcome.message
 
 
+def train_with_broken_state() -> dict:
+    """Second moments overflow on process 0 alone, just before the check that factors every layer."""
+    torch.manual_seed(0)
+    config = OIALRConfig(update_every=1, freeze_when="delay", delay=3, cutoff=0.3, exclude_modules=["head"])
+    model = get_peft_model(Tower(), config)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    controller = OIALRController(wrapped, optimizer, total_steps=100)
+    warned = []
+    for step in range(6):
+        wrapped(torch.randn(4, 12)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2 and dist.get_rank() == 0:
+            for layer in adapter_layers(model).values():
+                optimizer.state[layer.trained_parameter("default")]["exp_avg_sq"][0, 0] = float("inf")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            controller.step()
+        warned += [str(warning.message) for warning in caught if "NaN or Inf" in str(warning.message)]
+    layers = adapter_layers(model).values()
+    states = [
+        [layer.oialr_sigma["default"], *optimizer.state[layer.oialr_sigma["default"]].values()] for layer in layers
+    ]
+    return {
+        "states": [tensor.detach().tolist() for state in states for tensor in state],
+        "warned": warned,
+        "layers": len(layers),
+    }
+
+
+def test_a_state_that_is_not_finite_never_reaches_another_process(two):
+    first, second = two.run(train_with_broken_state)
+    assert first["states"] == second["states"]
+    assert torch.isfinite(torch.cat([torch.tensor(values).flatten() for values in first["states"]])).all()
+    # reset everywhere for the layers that process 0 decomposes; for the others the sound state of process 1 is taken
+    assert first["warned"] == second["warned"]
+    assert 0 < len(first["warned"]) < first["layers"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["check missed", "killed"])
 def test_no_process_waits_for_ever(fault):
