@@ -201,10 +201,7 @@ class OIALRConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType("OIALR")
         self._check_modules()
-        if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = cast(Any, set(self.target_modules))
-        if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = cast(Any, set(self.exclude_modules))
+        self._use_collections_that_files_have()
         self._check_method()
         if self.delay is None:
             self.delay = 0 if self.residual else DEFAULT_DELAY
@@ -280,6 +277,15 @@ class OIALRConfig(PeftConfig):
         """The settings that a model card shows."""
         return {name: getattr(self, name) for name in CARD_SETTINGS}
 
+    def _use_collections_that_files_have(self) -> None:
+        """Sets for names that may come in any order, as in LoRA; lists elsewhere, as they are read back."""
+        values: Any = vars(self)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(values[name], Collection) and not isinstance(values[name], str):
+                values[name] = set(values[name])
+        for name in ("layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices"):
+            values[name] = _with_lists(values[name])
+
     def _set_pruning(self) -> None:
         """The measured rule where the user names none."""
         if self.cutoff is None and self.max_output_loss is None and not self.residual:
@@ -315,16 +321,16 @@ class OIALRConfig(PeftConfig):
             raise ValueError(
                 "`layers_to_transform` needs `target_modules` as a list of names, but that is None. Name the modules."
             )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                f"`layers_pattern` ({self.layers_pattern!r}) needs `layers_to_transform`, but that is None. Set both "
-                "or neither."
-            )
         pattern = self.layers_pattern
         if not (pattern is None or isinstance(pattern, str) or is_collection_of(str, pattern)):
             raise ValueError(
                 f"`layers_pattern` must be the name of a module list, a list of names or None, but is {pattern!r}. "
                 'Write "layers" for `model.layers.0`.'
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"`layers_pattern` ({self.layers_pattern!r}) needs `layers_to_transform`, but that is None. Set both "
+                "or neither."
             )
         tokens: Any = self.trainable_token_indices
         by_module = tokens.items() if isinstance(tokens, dict) else [("", [] if tokens is None else tokens)]
@@ -381,7 +387,9 @@ class OIALRConfig(PeftConfig):
                 "rank per update; set `cutoff=0` to drop nothing."
             )
         scale = self.sigma_lr_scale
-        if not (scale == "norm" or (is_number(scale) and 0 < scale < math.inf)):
+        if not (
+            (isinstance(scale, str) and scale == "norm") or (is_number(scale) and 0 < cast(float, scale) < math.inf)
+        ):
             raise ValueError(
                 f'`sigma_lr_scale` must be a number > 0 or "norm", but is {scale!r}. 1 gives Σ the learning rate of its '
                 "parameter group."
@@ -432,7 +440,7 @@ class OIALRConfig(PeftConfig):
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
-        if value not in choices:
+        if not (isinstance(value, str) and value in choices):
             listed = ", ".join(repr(choice) for choice in choices)
             raise ValueError(f"`{name}` must be one of {listed}, but is {value!r}. Choose one of them.")
 
@@ -459,3 +467,12 @@ class OIALRConfig(PeftConfig):
 
 def _are_indices(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(map(is_index, value))
+
+
+def _with_lists(value: Any) -> Any:
+    """The value with lists in the place of other collections; those of sets are sorted."""
+    if isinstance(value, dict):
+        return {key: _with_lists(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
