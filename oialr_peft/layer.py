@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from oialr_peft.config import OIALRConfig
-from oialr_peft.factors import Factors, compute_dtype, factorize
+from oialr_peft.factors import DTYPES, Factors, compute_dtype, factorize
 from oialr_peft.matricization import LINEAR_MODULES, LinearModule, Matricization, matricization_of
 from oialr_peft.ops import Route, build, fold
 from oialr_peft.quantization import dequantized_dtype, dequantized_weight, is_quantized
@@ -70,11 +70,16 @@ def supported_module(module: nn.Module, name: str, *, residual: bool = True) -> 
                 f"The base weight of `{name}` is quantized, so only a correction beside it can be trained. Set "
                 "`residual=True`, or load the model without quantization."
             )
-    elif not released and not (inner.weight.is_floating_point() and inner.weight.shape == form.weight_shape):
+    elif not released and not (inner.weight.dtype in DTYPES and inner.weight.shape == form.weight_shape):
         raise ValueError(
             f"The weight of `{name}` must be floating-point and {form.weight_shape}, but has dtype {inner.weight.dtype} "
-            f"and shape {tuple(inner.weight.shape)}. Of quantized weights, those of bitsandbytes and torchao are "
-            "supported."
+            f"and shape {tuple(inner.weight.shape)}. It takes at least 16 bits; of quantized weights, those of bitsandbytes "
+            "and torchao are supported."
+        )
+    if 0 in form.weight_shape:
+        raise ValueError(
+            f"The weight of `{name}` has no entries: its shape is {form.weight_shape}. Leave it out, or list it in "
+            "`exclude_modules`."
         )
     return inner
 
@@ -398,7 +403,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     def _adapter_output(self, x: Tensor, adapter_name: str, bias: Tensor | None) -> Tensor:
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if not x.is_meta and torch.is_autocast_enabled(device):  # it knows nothing of that device
             if self.is_dense(adapter_name):
                 # autocast keeps the cast weight for further calls
                 return self.form.apply(x, self.oialr_weight[adapter_name], bias)

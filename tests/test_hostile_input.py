@@ -14,10 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from oialr_peft import (
     Factors,
+    OIALRConfig,
+    OIALRController,
     factorize,
     polar_factor,
     rediagonalize,
@@ -25,6 +28,7 @@ from oialr_peft import (
     truncate,
 )
 from oialr_peft.factors import DTYPES, rotation_of
+from oialr_peft.model import adapter_layers
 from oialr_peft.moments import transport_state
 
 # a few rounding errors of one entry; narrow dtypes are rounded once, at the end
@@ -332,3 +336,117 @@ def test_a_parameter_is_decomposed_without_a_warning():
     for ours, theirs in zip(factorize(weight), expected, strict=True):
         assert torch.equal(ours, theirs)
     assert polar_factor(weight).shape == (5, 4)
+
+
+# ---- layers, models and checks ---------------------------------------------------------------------------------------
+
+MODES: dict[str, dict[str, object]] = {
+    "dense": {"delay": 4, "update_every": 1},
+    "freeze": {"freeze_when": "delay", "delay": 1, "update_every": 1},
+    "factored": {"freeze_when": "delay", "delay": 0, "update_every": 1},
+    "masked": {"freeze_when": "delay", "delay": 0, "update_every": 1, "shrink": "mask"},
+    "residual": {"residual": True, "update_every": 1},
+    "pretraining": {"pretraining": True, "freeze_when": "delay", "delay": 1, "update_every": 1},
+    "bounded": {"freeze_when": "delay", "delay": 1, "update_every": 1, "max_output_loss": 0.5},
+}
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    """A layer that holds this tensor as it lies in memory."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight)
+    nn.init.uniform_(layer.bias)
+    return layer
+
+
+def inputs_of(weight: Tensor, kind: str) -> Tensor:
+    """(tokens, n), so small or large that outputs stay near 1."""
+    size = float(weight.double().abs().max()) or 1.0
+    x = torch.randn(3, weight.shape[1], dtype=torch.float64) / size
+    x = x.clamp(-torch.finfo(weight.dtype).max / 10, torch.finfo(weight.dtype).max / 10).to(weight.dtype)
+    return {
+        "rows": x,
+        "none": x[:0],
+        "vector": x[0],
+        "batch": x.expand(2, 3, -1),
+        "strided": torch.stack((x, x), dim=-1)[..., 1],
+    }[kind]
+
+
+def check_layer(hostile: Hostile, mode: str, kind: str) -> None:
+    """An adapter on one layer: its outputs before and after a check, or an error that names the layer."""
+    torch.manual_seed(hostile.seed)
+    weight = hostile.tensor()
+    exact, dtype = numpy(weight), hostile.dtype
+    if not np.isfinite(exact).all() or largest_singular_value(exact) > torch.finfo(dtype).max / 100:
+        return  # refused by name: tested above, and in test_numbers.py
+    base = nn.Sequential(linear(weight))
+    bias = numpy(base[0].bias)
+    config = OIALRConfig(target_modules=["0"], cutoff=0.0, **MODES[mode])
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    x = inputs_of(weight, kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = OIALRController(model, optimizer, total_steps=10)
+    for _ in range(3):
+        with torch.no_grad():
+            ours = model(x)
+        theirs = numpy(x) @ exact.T + bias
+        reach = float((np.abs(numpy(x)) @ np.abs(exact).T).max(initial=1.0))
+        assert ours.dtype == dtype
+        assert ours.shape == theirs.shape
+        # products of rounded factors err by a rounding for each of their entries
+        few = 40 * max(exact.shape) * (ROUNDING[dtype] + np.abs(numpy(x)).max(initial=0.0) * resolution(dtype))
+        assert np.abs(numpy(ours) - theirs).max(initial=0.0) <= few * reach
+        update = controller.step()
+        assert update is not None
+        assert all(-1.0 <= value <= 1.0 for value in update.stability.values())
+    layer = adapter_layers(model)["0"]
+    assert layer.is_dense("default") is (mode == "dense")
+    if mode != "dense":
+        factors = layer.factors("default")
+        assert factors.rank == min(exact.shape) or mode == "bounded"
+        assert orthonormal(factors.u)
+        assert orthonormal(factors.vh.mT)
+
+
+@settings(max_examples=60)
+@given(matrices(), st.sampled_from(sorted(MODES)), st.sampled_from(["rows", "none", "vector", "batch", "strided"]))
+def test_a_layer_of_any_weight_computes_what_numpy_does_through_its_checks(hostile, mode, kind):
+    check_layer(hostile, mode, kind)
+
+
+@pytest.mark.slow
+@settings(max_examples=600)
+@given(matrices(), st.sampled_from(sorted(MODES)), st.sampled_from(["rows", "none", "vector", "batch", "strided"]))
+def test_hundreds_of_layers_of_any_weight_compute_what_numpy_does(hostile, mode, kind):
+    check_layer(hostile, mode, kind)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)], ids=str)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
+def test_a_layer_without_entries_is_refused_by_name(shape, mode):
+    base = nn.Sequential(nn.Linear(2, 2), nn.Linear(shape[1], shape[0]))
+    with pytest.raises(ValueError, match=r"The weight of `1` has no entries"):
+        get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **MODES[mode]))
+    assert type(base[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_on_the_meta_device_is_adapted_and_its_training_refused_by_name(mode):
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    model = get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **MODES[mode]))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model(torch.empty(5, 4, device="meta")).shape == (5, 3)
+    with pytest.raises(ValueError, match=r"`.*0\..*` is on the meta device, so it holds no values"):
+        OIALRController(model, torch.optim.SGD(model.parameters()), total_steps=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int8], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_of_another_kind_of_number_is_refused_by_name(mode, dtype):
+    base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    base[1].weight = nn.Parameter(base[1].weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=r"`1` must be floating-point .* but has dtype"):
+        get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **MODES[mode]))
