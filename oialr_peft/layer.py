@@ -164,7 +164,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
                 f"The base weight of `{self.name}` was released by `pretraining=True`, so no second adapter fits. "
                 "Load the base model again, or use `pretraining=False`."
             )
-        weight = self._base_matrix()
+        weight = self.base_matrix()
         self.residual[adapter_name] = config.residual
         self.full_rank[adapter_name] = rank_of(config.init_rank, min(weight.shape))
         rank = initial_rank(config, self.name, weight.shape)
@@ -395,7 +395,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         else:
             result = self.base_layer(x, *args, **kwargs)
             if replacing > 1:
-                result = result - replacing * self.form.apply(x, self._base_matrix())
+                result = result - replacing * self.form.apply(x, self.base_matrix())
             rest = active
         for name in rest:
             result = result + self._adapter_output(x, name, None)
@@ -529,7 +529,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         dtype = self.base_dtype
         delta = self.adapter_weight(adapter_name)
         if not self.residual[adapter_name]:
-            base = self._unmerged_base_matrix()
+            base = self.base_matrix()
             delta = delta.to(compute_dtype(base)) - base.to(compute_dtype(base))
         return self.form.stored(delta).to(dtype)
 
@@ -599,7 +599,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             return weights[0]
         if self.base_released:
             raise RuntimeError(f"`{self.name}` has no base weight; `pretraining=True` released it. Merge one adapter.")
-        base = self._unmerged_base_matrix()
+        base = self.base_matrix()
         total = (1 - replacing) * base.to(compute_dtype(base))
         for weight in weights:
             total = total + weight
@@ -619,19 +619,16 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         """What the base layer alone computes, without its bias."""
         base = self.get_base_layer()
         if not self.quantized:
-            return self.form.apply(x, self._unmerged_base_matrix().to(x.dtype))
+            return self.form.apply(x, self.base_matrix().to(x.dtype))
         result = cast(Tensor, base(x))
         return result if base.bias is None else result - cast(Tensor, base.bias)
 
-    def _base_matrix(self) -> Tensor:
+    def base_matrix(self) -> Tensor:
+        """W₀ (m, n), also while adapters are merged into the base layer."""
         if self.quantized:
             return self.form.matrix(dequantized_weight(self.get_base_layer()))
-        return self.form.matrix(self.base_weight.detach())
-
-    def _unmerged_base_matrix(self) -> Tensor:
-        if self._unmerged_weight is None:
-            return self._base_matrix()
-        return self.form.matrix(self._unmerged_weight)
+        weight = self.base_weight if self._unmerged_weight is None else self._unmerged_weight
+        return self.form.matrix(weight.detach())
 
     # ---- PEFT's protocol ---------------------------------------------------------------------------------------------
 

@@ -159,7 +159,11 @@ class OIALRModel(BaseTuner):
                     form = cast(Matricization, matricization_of(inner))
                     shapes[full_name] = form.m, form.n
                     if not is_quantized(inner) and inner.weight.numel():
-                        weights[full_name] = form.matrix(inner.weight)
+                        weights[full_name] = (
+                            projection.base_matrix()
+                            if isinstance(projection, OIALRLinear)
+                            else form.matrix(inner.weight)
+                        )
         if peft_config.is_from_checkpoint and peft_config.source is not None:
             source = peft_config.source
             file = adapter_file(source.path, source.subfolder, **source.hub)
