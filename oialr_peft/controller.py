@@ -411,8 +411,8 @@ class OIALRController:
             return above
         assert self._recent is not None
         sample = self._recent.samples.get(name)
-        if sample is None:
-            # nobody knows what a layer that was not called contributes
+        if sample is None or sample.numel() == 0:
+            # nobody knows what a layer that was not called, or for an empty batch, contributes
             return torch.full_like(above, rotation.singular_values.numel())
         energies, total = self._output_energies(name, rotation, sample.to(rotation.q.dtype))
         needed = torch.maximum(above, count_needed(energies, total, self.config.max_output_loss))

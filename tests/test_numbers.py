@@ -272,6 +272,18 @@ def test_inputs_that_are_not_finite_let_a_layer_keep_its_rank(phase, value):
 
 
 @pytest.mark.parametrize("phase", ["freeze", "factored", "residual"])
+def test_an_empty_batch_before_a_check_lets_every_layer_keep_its_rank(phase):
+    run = Run(phase, cutoff=0.9, max_output_loss=0.5)
+    run.x, run.y = run.x[:0], run.y[:0]
+    run.model(run.x).sum().backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    update = run.controller.step()
+    assert all(before == after for before, after in update.ranks.values())
+    assert is_finite(run)
+
+
+@pytest.mark.parametrize("phase", ["freeze", "factored", "residual"])
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_bound_on_the_output_does_not_depend_on_the_scale_of_inputs(phase, scale, dtype):
