@@ -202,13 +202,15 @@ class OIALRController:
             layer.controlled[adapter_name] = True
         torch_optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         torch_optimizer.register_step_post_hook(_forget_products_of(list(self.layers.values())))
+        self._fused_step = _FusedStep(torch_optimizer)
         SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, self.config.sigma_lr_scale)
         self._record_before_check()
 
     def step(self) -> OIALRUpdate | None:
         """Count one optimizer step; call it after the step, with gradients cleared.
 
-        A step that Accelerate's gradient scaler skipped does not count.
+        A step that Accelerate's gradient scaler skipped does not count, nor one that a fused optimizer skipped for any
+        scaler. With a `torch.amp.GradScaler` of your own and another optimizer, leave the call out after a skipped step.
 
         Returns:
             The update, when this step was a check, else None.
@@ -219,6 +221,8 @@ class OIALRController:
             torch.linalg.LinAlgError: a weight cannot be decomposed. Layers that came before it in this check are changed.
         """
         if isinstance(self.optimizer, AcceleratedOptimizer) and self.optimizer.step_was_skipped:
+            return None
+        if self._fused_step.was_skipped:
             return None
         self._steps += 1
         self._movement.count_step(self.optimizer.param_groups[self._group]["lr"])
@@ -811,6 +815,18 @@ class OIALRController:
         if update.stability:
             metrics["oialr/stability_mean"] = sum(update.stability.values()) / len(update.stability)
         return metrics
+
+
+class _FusedStep:
+    """Whether the last step of a fused optimizer was skipped: a gradient scaler leaves that to it, and tells nobody else."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.was_skipped = False
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        self.was_skipped = found_inf is not None and bool(found_inf)
 
 
 def _forget_products_of(layers: list[OIALRLinear]) -> Callable[..., None]:

@@ -142,6 +142,7 @@ SCENES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
         "model": adapted(saved_bert(), freeze_when="delay", delay=0, init_rank=8),
         "residual_model": adapted(saved_bert(), residual=True, init_rank=4),
     },
+    ("troubleshooting.md", "Float16"): loop,
     ("fine-tuning.md", "With TRL"): lambda: {"texts": sentences(), "_": language_model()},
     ("compile.md", "torch.compile"): lambda: {"model": bert()},
     ("compile.md", "Regional compilation"): lambda: {"model": get_peft_model(llama(), OIALRConfig())},

@@ -13,6 +13,8 @@ import warnings
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -416,6 +418,49 @@ def test_a_core_that_its_dtype_cannot_hold_stops_the_check_by_name():
     with pytest.raises(ValueError, match=r"The largest singular value of `2` is .* too large for torch\.float16"):
         run.controller.step()
     assert bool(torch.isfinite(run.parameter("2")).all())
+
+
+# ---- gradient scaling ------------------------------------------------------------------------------------------------
+
+
+def scaled_run(fused: bool, wrapped: bool) -> tuple[OIALRController, list[bool]]:
+    """Twelve steps of which the first overflow; the controller, and for each step whether it was skipped."""
+    torch.manual_seed(0)
+    config = OIALRConfig(target_modules=["0"], freeze_when="delay", delay=2, update_every=2)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    plain = torch.optim.AdamW(parameters, lr=1e-3, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=100, backoff_factor=2.0**-6)
+    if wrapped:
+        Accelerator(cpu=True)  # its optimizer asks it whether gradients are being accumulated
+    optimizer = AcceleratedOptimizer(plain, scaler=scaler) if wrapped else plain
+    controller = OIALRController(model, optimizer, total_steps=12)
+    skipped = []
+    for _ in range(12):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        scaler.scale((model(torch.randn(8, 4)) * 1e3).square().mean()).backward()
+        if wrapped:
+            optimizer.step()
+        else:
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+        skipped.append(all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)))
+        # the documented loop leaves the call out; a fused optimizer and Accelerate need not be asked
+        if wrapped or fused or scaler.get_scale() >= scale:
+            controller.step()
+    return controller, skipped
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "accelerate"])
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_steps_that_overflow_do_not_move_the_schedule(fused, wrapped):
+    controller, skipped = scaled_run(fused, wrapped)
+    assert 2 <= sum(skipped) <= 8
+    assert controller.steps == 12 - sum(skipped)
+    assert [update.step for update in controller.history] == list(range(2, controller.steps + 1, 2))
+    assert not not_finite(dict(controller.model.named_parameters()))
 
 
 # ---- thousands of updates --------------------------------------------------------------------------------------------
