@@ -416,7 +416,7 @@ def test_a_layer_of_any_weight_computes_what_numpy_does_through_its_checks(hosti
 
 
 @pytest.mark.slow
-@settings(max_examples=600)
+@settings(max_examples=400)
 @given(matrices(), st.sampled_from(sorted(MODES)), st.sampled_from(["rows", "none", "vector", "batch", "strided"]))
 def test_hundreds_of_layers_of_any_weight_compute_what_numpy_does(hostile, mode, kind):
     check_layer(hostile, mode, kind)
