@@ -387,9 +387,7 @@ class OIALRConfig(PeftConfig):
                 "rank per update; set `cutoff=0` to drop nothing."
             )
         scale = self.sigma_lr_scale
-        if not (
-            (isinstance(scale, str) and scale == "norm") or (is_number(scale) and 0 < cast(float, scale) < math.inf)
-        ):
+        if not ((isinstance(scale, str) and scale == "norm") or (is_number(scale) and 0 < scale < math.inf)):
             raise ValueError(
                 f'`sigma_lr_scale` must be a number > 0 or "norm", but is {scale!r}. 1 gives Σ the learning rate of its '
                 "parameter group."
