@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 import weakref
@@ -136,6 +137,14 @@ class OIALRModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(config: OIALRConfig, key: str) -> bool | re.Match[str] | None:  # type: ignore[override]
+        # PEFT compares a module with each target, of which there may be thousands; only these can be it
+        if isinstance(config.target_modules, set):
+            config = copy.copy(config)
+            config.target_modules = cast(Any, config.target_modules & {key, *_ends_of(key)})
+        return BaseTuner._check_target_module_exists(config, key)
 
     def _prepare_model(self, peft_config: OIALRConfig, model: nn.Module) -> None:  # type: ignore[override]
         target = peft_config.target_modules
@@ -552,11 +561,18 @@ def _linear_modules_outside_the_head(model: nn.Module) -> list[str]:
 
 def _exactly(names: list[str], model: nn.Module) -> set[str] | str:
     """A value of `target_modules` that names these modules and no other."""
-    modules = {name for name, _ in model.named_modules()}
-    # a name in a list also stands for those that end in it
-    if any(other.endswith(f".{name}") for name in names if "." not in name for other in modules):
+    targets = set(names)
+    others = {name for name, _ in model.named_modules()} - targets
+    # a name in a set also stands for those that end in it
+    if any(not targets.isdisjoint(_ends_of(other)) for other in others):
         return "|".join(re.escape(name) for name in names)
-    return set(names)
+    return targets
+
+
+def _ends_of(name: str) -> list[str]:
+    """``["b.c", "c"]`` of ``"a.b.c"``."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
 
 
 def _prefixes_inside(model: nn.Module, *kinds: type) -> tuple[str, ...]:
