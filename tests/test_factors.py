@@ -343,7 +343,7 @@ def test_truncated_factors_own_their_memory():
         ({"cutoff": 0.1, "max_rank_drop": -0.5}, r"`max_rank_drop` must be in \[0, 1\], but is -0\.5"),
         ({"cutoff": 0.1, "min_rank": 0}, r"`min_rank` must be at least 1, but is 0"),
     ],
-    ids=str,
+    ids=["cutoff 1", "cutoff below 0", "cutoff nan", "drop above 1", "drop below 0", "min_rank 0"],
 )
 def test_truncate_refuses_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
