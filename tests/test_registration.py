@@ -170,7 +170,13 @@ def test_a_model_is_copied_and_pickled_with_its_adapter(mlp, make_inputs, output
 
 IMPORTING = {
     "import": """
-import peft
+import random
+import numpy, peft, torch
+
+def random_states():
+    return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+states = random_states()
 before = set(sys.modules)
 import oialr_peft
 for slow in ("transformers.trainer", "torch.distributed.optim", "oialr_peft.trainer", "oialr_peft.report"):
@@ -179,8 +185,8 @@ for slow in ("transformers.trainer", "torch.distributed.optim", "oialr_peft.trai
 added = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 assert added == {"aenum", "oialr_peft"}, added
 """,
+    "random states": "assert random_states() == states",
     "model works": """
-import torch
 from peft import PeftConfig, PeftType, get_peft_model, mapping
 
 def model_works():
@@ -231,6 +237,10 @@ def importing_process(tmp_path_factory):
 
 def test_importing_the_package_imports_little_beyond_peft(importing_process):
     assert importing_process["import"] == ""
+
+
+def test_importing_the_package_draws_no_random_numbers(importing_process):
+    assert importing_process["random states"] == ""
 
 
 def test_reloading_the_package_leaves_it_working(importing_process):
