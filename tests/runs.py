@@ -107,11 +107,12 @@ def train(settings, options=None) -> dict:
         autocast_adapter_dtype=False,
     )
     index, count = process_index(), process_count()
+    sharded = "fsdp" in options and dist.is_initialized()
     wrapped = model
-    if count > 1:
-        wrapped = (
-            shard(model, **options["fsdp"]) if "fsdp" in options else DistributedDataParallel(model, **options["ddp"])
-        )
+    if sharded:
+        wrapped = shard(model, **options["fsdp"])
+    elif count > 1:
+        wrapped = DistributedDataParallel(model, **options["ddp"])
     make = {
         "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
         "sgd": lambda p: torch.optim.SGD(p, lr=5e-2, momentum=0.9),
@@ -125,9 +126,9 @@ def train(settings, options=None) -> dict:
         for micro in range(accumulate):
             x, y = batch_of(generator, options.get("batch", 16), dtype=options["dtype"])
             last = micro == accumulate - 1
-            if "fsdp" in options and count > 1:
+            if sharded:
                 wrapped.set_requires_gradient_sync(last)
-            with contextlib.nullcontext() if last or count == 1 or "fsdp" in options else wrapped.no_sync():
+            with contextlib.nullcontext() if last or count == 1 or sharded else wrapped.no_sync():
                 with torch.autocast("cpu", torch.bfloat16, enabled=options.get("autocast", False)):
                     loss = nn.functional.cross_entropy(wrapped(x[index::count]).float(), y[index::count])
                 (loss / accumulate).backward()

@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import get_peft_model
 from reference import SGD, AdamW, Reference, Settings
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import oialr_peft.controller as controller_module
 from oialr_peft import OIALRConfig, OIALRController, decompositions, factorize
 from oialr_peft.model import adapter_layers
+from oialr_peft.moments import OptimizerSlots, is_moment, moments_of
 
 SHAPES = [(12, 8), (10, 12), (9, 10), (4, 9)]  # (out, in): tall, wide, nearly square
 STEPS = 120
@@ -404,6 +408,7 @@ def test_a_model_without_the_adapter_is_refused():
         ({"update_every": 200}, 100, "`update_every` is 200 optimizer steps, but the whole run has 100"),
         ({}, 0, "`total_steps` must be an int ≥ 1"),
         ({}, 10.0, "`total_steps` must be an int ≥ 1"),
+        ({}, True, "`total_steps` must be an int ≥ 1"),
     ],
 )
 def test_steps_that_do_not_fit_into_the_run_are_refused(settings, total_steps, message):
@@ -481,3 +486,264 @@ def test_a_check_of_dense_layers_waits_for_an_accelerator_no_more_often_with_mor
         assert not update.frozen
         reads[depth] = counted.reads
     assert reads[2] == reads[6]
+
+
+# ---- what a process expects of another -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("storage", "shrink", "dtype", "make"),
+    [
+        ("full", "physical", torch.float32, torch.optim.AdamW),
+        ("bf16", "mask", torch.float32, torch.optim.AdamW),
+        ("sketch", "physical", torch.bfloat16, torch.optim.AdamW),
+        ("sketch", "mask", torch.float32, torch.optim.Adadelta),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+@pytest.mark.filterwarnings("ignore:The state that Adadelta keeps:UserWarning")
+def test_what_another_process_found_has_the_expected_form(storage, shrink, dtype, make):
+    """Tensors are received into what `_expected` makes of a name, a Stability and a rank."""
+    model = nn.Sequential(nn.Linear(140, 150, dtype=dtype), nn.Tanh(), nn.Linear(150, 7, dtype=dtype))
+    config = OIALRConfig(
+        target_modules=["0", "2"],
+        update_every=1,
+        delay=3,
+        layers_per_update=0.5,
+        stability_threshold=0.01,
+        stability_storage=storage,
+        shrink=shrink,
+        cutoff=0.9,
+    )
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    controller = OIALRController(model, optimizer, total_steps=5)
+    x = torch.randn(8, 140, dtype=dtype)
+    kinds = set()
+    for step in range(1, 6):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        controller._steps, slots = step, OptimizerSlots(optimizer)
+        names, due = list(controller.layers), {"2"}
+        for outcome in controller._found_here(names, due, slots):
+            rank = 0 if outcome.factors is None else outcome.factors.rank
+            expected = controller._expected(outcome.name, outcome.stability or 0.0, rank, due=due, slots=slots)
+            assert form_of(expected) == form_of(outcome)
+            kinds.add((rank > 0, outcome.rank_before is not None, outcome.stability is not None))
+        controller._steps -= 1
+        controller.step()
+    kept = {(False, False, measured) for measured in (False, True)}
+    assert kinds == kept | {(True, due, measured) for due in (False, True) for measured in (False, True)}
+
+
+def form_of(outcome):
+    """Everything but the values of tensors."""
+    tensors = [outcome.kept, *(outcome.factors or ()), *moments_of(outcome.state or {})]
+    scalars = {key: value for key, value in (outcome.state or {}).items() if not is_moment(value)}
+    return (
+        outcome.name,
+        outcome.stability,
+        [tensor is not None and (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors],
+        outcome.state is not None and (list(outcome.state), scalars),
+        outcome.rank_before,
+    )
+
+
+# ---- small rules -----------------------------------------------------------------------------------------------------
+
+
+def controlled(settings=None, optimizer=None, base=None, **options):
+    model = get_peft_model(base or mlp(), OIALRConfig(**{"update_every": 5, **(settings or {})}))
+    optimizer = optimizer or (lambda p: torch.optim.SGD(p, lr=0.01))
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+    return model, optimizer, OIALRController(model, optimizer, total_steps=STEPS, **options)
+
+
+@pytest.mark.parametrize("error", [0.0, 0.03])
+def test_a_layer_freezes_when_its_stability_less_two_errors_reaches_the_threshold(monkeypatch, error):
+    _, _, controller = controlled({"delay": 0, "stability_threshold": 0.9, "stability_storage": "sketch"})
+    monkeypatch.setattr(controller_module, "stability_error", lambda *of: {(0.95, (3, 4), "sketch"): error}[of])
+    found = SimpleNamespace(name="0", shape=(3, 4))
+    assert controller._freezes(found, 0.95, 1.0) is (error == 0.0)
+    assert controller._freezes(found, None, 1.0) is False
+
+
+def test_rounding_never_takes_stability_out_of_its_range(monkeypatch):
+    model, optimizer, controller = controlled({"delay": 100})
+    train(model, optimizer, 5, controller)
+    values = iter([1 + 1e-9, -1 - 1e-9, 0.5, -0.5])
+    monkeypatch.setattr(
+        controller_module, "stability_of_kept", lambda *_: torch.tensor(next(values), dtype=torch.float64)
+    )
+    train(model, optimizer, 5, controller)
+    assert sorted(controller.history[-1].stability.values()) == [-1.0, -0.5, 0.5, 1.0]
+
+
+def test_the_learning_rate_of_the_layers_weighs_the_steps_and_not_that_of_other_parameters():
+    model = get_peft_model(mlp(), OIALRConfig(update_every=5, bias="oialr_only"))
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    weights = [p for name, p in model.named_parameters() if "oialr_weight" in name]
+    optimizer = torch.optim.SGD([{"params": biases, "lr": 7.0}, {"params": weights, "lr": 0.25}])
+    controller = OIALRController(model, optimizer, total_steps=STEPS)
+    for _ in range(3):
+        controller.step()
+    assert controller.state_dict()["movement"]["spent"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"freeze_when": "stable", "delay": 12, "stability_threshold": 0.8}, (12, 0.8, None)),
+        ({"freeze_when": "settled", "delay": STEPS, "settle_ratio": 0.3}, (STEPS, None, 0.3)),
+        ({"freeze_when": "delay", "delay": 0.5}, (60, None, None)),
+    ],
+)
+def test_the_schedule_is_that_of_the_configuration(settings, expected):
+    _, _, controller = controlled({**settings, "layers_per_update": 0.7})
+    schedule = controller.schedule
+    assert (schedule.delay, schedule.threshold, schedule.settle_ratio) == expected
+    assert (schedule.total_steps, schedule.update_every, schedule.layers_per_update) == (STEPS, 5, 0.7)
+
+
+def test_a_step_that_the_scaler_skipped_does_not_count():
+    model, optimizer, _ = controlled()
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(optimizer)
+    controller = OIALRController(model, prepared, total_steps=STEPS)
+    prepared._is_overflow = True
+    assert controller.step() is None
+    assert controller.steps == 0
+    prepared._is_overflow = False
+    controller.step()
+    assert controller.steps == 1
+
+
+def test_layers_that_do_not_train_need_no_optimizer_and_do_not_count():
+    model = get_peft_model(mlp(), OIALRConfig(update_every=5))
+    layers = list(adapter_layers(model).values())
+    layers[1].requires_grad_(False)
+    optimizer = torch.optim.SGD([layer.oialr_weight["default"] for i, layer in enumerate(layers) if i != 1], lr=0.01)
+    controller = OIALRController(model, optimizer, total_steps=STEPS)
+    train(model, optimizer, 5, controller)
+    assert controller.history[-1].trainable == sum(m * n for i, (m, n) in enumerate(SHAPES) if i != 1)
+    with pytest.raises(ValueError, match="does not train 1 of 4 OIALR layers, such as `6`"):
+        OIALRController(model, torch.optim.SGD(optimizer.param_groups[0]["params"][:2], lr=0.01), total_steps=STEPS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shrink": "physical"},
+        {"shrink": "mask"},
+        {"residual": True, "delay": 0},
+        {"pretraining": True},
+        {"bias": "all", "shrink": "mask"},
+    ],
+    ids=str,
+)
+def test_every_mode_counts_what_trains_and_the_whole_dense_model(settings):
+    settings = {"freeze_when": "delay", "delay": 5, "cutoff": 0.4, **settings}
+    model, optimizer, controller = controlled(settings)
+    train(model, optimizer, 10, controller)
+    update = controller.history[-1]
+    ranks = [layer.rank("default") for layer in controller.layers.values()]
+    biases = sum(m for m, _ in SHAPES)
+    trains = settings.get("bias") == "all" or "pretraining" in settings
+    assert update.total == sum(m * n for m, n in SHAPES) + biases
+    assert update.trainable == sum(rank**2 for rank in ranks) + trains * biases
+    assert ranks < [min(shape) for shape in SHAPES]
+
+
+def test_metrics_are_the_figures_of_the_last_check():
+    model, optimizer, controller = controlled({"delay": 5, "stability_threshold": 0.0001, "cutoff": 0.4})
+    train(model, optimizer, 10, controller)
+    update = controller.history[-1]
+    layers = controller.layers.values()
+    assert len(update.stability) == len(SHAPES)
+    assert controller.metrics() == {
+        "oialr/trainable_percent": 100 * update.trainable / update.total,
+        "oialr/rank_mean": sum(layer.rank("default") for layer in layers) / len(SHAPES),
+        "oialr/frozen_layers": 4.0,
+        "oialr/update_seconds": update.seconds,
+        "oialr/stability_mean": pytest.approx(sum(update.stability.values()) / len(SHAPES)),
+    }
+    train(model, optimizer, 5, controller)
+    assert "oialr/stability_mean" not in controller.metrics()
+
+
+def test_products_are_forgotten_after_each_step_of_the_optimizer():
+    model, optimizer, controller = controlled({"freeze_when": "delay", "delay": 0, "init_rank": 6})
+    model.eval()
+    with torch.no_grad():
+        model(data()[0])
+    layers = controller.layers.values()
+    assert all(layer._products for layer in layers)
+    optimizer.step()
+    assert not any(layer._products for layer in layers)
+
+
+def test_an_adapter_is_controlled_under_its_own_name():
+    model = get_peft_model(mlp(), OIALRConfig())
+    model.add_adapter("other", OIALRConfig(update_every=7))
+    model.set_adapter("other")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    controller = OIALRController(model, optimizer, total_steps=STEPS, adapter_name="other", disable_tqdm=True)
+    assert controller.schedule.update_every == 7
+    assert controller.disable_tqdm is True
+    assert [layer.controlled for layer in controller.layers.values()] == [{"other": True}] * len(SHAPES)
+
+
+def test_a_state_from_before_movement_was_measured_is_loaded():
+    model, optimizer, controller = controlled({"delay": 100})
+    train(model, optimizer, 10, controller)
+    state = controller.state_dict()
+    del state["movement"]
+    other = controlled({"delay": 100})[2]
+    other.load_state_dict(state)
+    assert other.steps == 10
+    assert other.history == controller.history
+
+
+def test_a_basis_of_a_layer_that_is_not_dense_is_refused():
+    model, optimizer, controller = controlled({"delay": 100})
+    train(model, optimizer, 5, controller)
+    other = controlled({"freeze_when": "delay", "delay": 0})[2]
+    with pytest.raises(ValueError, match="holds a basis of 0, 2, 4, 6, which is not a dense layer"):
+        other.load_state_dict(controller.state_dict())
+    assert other.steps == 0
+
+
+# ---- through Accelerate ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shrink", ["physical", "mask"])
+@pytest.mark.parametrize("steps", [5, 20])
+def test_a_state_that_accelerate_saved_is_matched_and_continued(tmp_path, shrink, steps):
+    settings = {"freeze_when": "delay", "delay": 10, "cutoff": 0.4, "shrink": shrink}
+
+    def start():
+        model = get_peft_model(mlp(), OIALRConfig(update_every=5, **settings))
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.02))
+        controller = OIALRController(model, optimizer, total_steps=STEPS)
+        controller.register(accelerator)
+        return accelerator, model, optimizer, controller
+
+    accelerator, model, optimizer, controller = start()
+    train(model, optimizer, steps, controller)
+    accelerator.save_state(str(tmp_path))
+    other, resumed, second, matched = start()
+    matched.match(tmp_path)
+    for name, layer in controller.layers.items():
+        ours = matched.layers[name]
+        assert ours.is_dense("default") == layer.is_dense("default")
+        assert ours.rank("default") == layer.rank("default")
+        assert ours.trained_parameter("default").shape == layer.trained_parameter("default").shape
+        assert ours.trained_parameter("default") in OptimizerSlots(second)
+    other.load_state(str(tmp_path))
+    train(model, optimizer, 10, controller)
+    train(resumed, second, 10, matched)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    assert without_seconds(controller) == without_seconds(matched)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
@@ -57,6 +59,41 @@ def test_sharded_parameters_train_as_one_process_does(two, options, shrink):
     for name, weight in alone["weights"].items():
         assert_close(results[0]["weights"][name], weight, rtol=0, atol=1e-9)
     assert cuts(alone["history"]) >= 3
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shrink": "mask", "layers_per_update": 0.4},
+        {"max_output_loss": 0.01},
+        {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5},
+    ],
+    ids=str,
+)
+def test_one_process_with_sharded_parameters_trains_as_without(request, settings, optimizer):
+    settings = {**STABLE, **settings}
+    if settings.get("residual"):
+        settings.pop("stability_threshold")
+    options = {"optimizer": optimizer, "fsdp": {}}
+    plain = train(settings, options)
+    request.getfixturevalue("alone")
+    sharded = train(settings, options)
+    assert [step[2:] for step in sharded["history"]] == [step[2:] for step in plain["history"]]
+    for ours, theirs in zip(sharded["history"], plain["history"], strict=True):
+        assert ours[1] == pytest.approx(theirs[1], abs=1e-9)
+    for name, weight in plain["weights"].items():
+        assert_close(sharded["weights"][name], weight, rtol=0, atol=1e-9)
+    assert cuts(plain["history"]) >= 1
 
 
 @pytest.mark.parametrize(
