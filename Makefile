@@ -13,7 +13,7 @@ DATA ?= ../shared/data
 SOURCES := $(PACKAGE) oialr_cli tests examples benchmarks conftest.py docs/hooks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types doctest docs test-fast test-slow test-lowest package audit bench-small clean
+.PHONY: help demo test lint format types doctest docs test-fast test-slow test-lowest mutation package audit bench-small clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ test-lowest:  ## the fast tests with the oldest supported transformers, peft and
 	$(LOWEST)/bin/pip freeze | grep -E "^(transformers|peft|accelerate)=="
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2
 
+mutation: $(STAMP)  ## change the engine in a thousand places, and list the changes that no test notices; hours
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 package: $(STAMP)  ## build wheel and sdist, and use the wheel in an environment of its own
 	rm -rf build dist $(ALONE)
 	$(BIN)/python -m build
@@ -74,7 +78,7 @@ bench-small: $(STAMP)  ## every benchmark in a reduced form; DATA is the folder 
 	$(BIN)/python benchmarks/small.py --data $(DATA) --packages $(TEXTS)
 
 clean:  ## remove the virtual environment and everything generated
-	rm -rf $(VENV) $(LOWEST) .cache runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) .cache mutants runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; run: make PYTHON=python3.11 ...")'
