@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from oialr_peft import Factors, factorize, polar_factor, rediagonalize, stability, truncate
-from oialr_peft.factors import compute_dtype, rank_to_keep, rotate, rotation_of
+from oialr_peft.factors import compute_dtype, count_needed, first_not_finite, rank_to_keep, rotate, rotation_of
 
 SHAPES = [(7, 3), (3, 7), (5, 5), (1, 6), (6, 1), (1, 1)]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -164,6 +164,41 @@ def test_rediagonalize_refuses_nan_with_the_name_of_the_layer():
         rediagonalize(broken, name="encoder.dense")
 
 
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(factorize, "weight"), (polar_factor, "weight"), (rotation_of, "sigma")],
+    ids=["factorize", "polar_factor", "rotation_of"],
+)
+def test_a_matrix_without_a_name_is_called_by_its_part(function, name):
+    with pytest.raises(ValueError, match=f"^`{name}` holds NaN or Inf"):
+        function(torch.full((2, 2), math.nan))
+
+
+def test_rediagonalize_calls_the_core_sigma():
+    broken = Factors(torch.eye(2), torch.full((2, 2), math.nan), torch.eye(2))
+    with pytest.raises(ValueError, match="^`sigma` holds NaN or Inf"):
+        rediagonalize(broken)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_number_of_a_dtype_is_a_singular_value(dtype):
+    largest = torch.finfo(dtype).max
+    assert factorize(torch.full((1, 1), largest, dtype=dtype)).sigma.item() == largest
+    if dtype in (torch.float16, torch.float32):
+        with pytest.raises(ValueError, match="largest singular value of `w` is .* too large for torch.float"):
+            factorize(torch.full((2, 2), largest, dtype=dtype), name="w")
+
+
+def test_the_first_tensor_that_is_not_finite_is_named():
+    whole, empty = torch.ones(2, 2), torch.empty(0, 3)
+    assert first_not_finite({}) is None
+    assert first_not_finite({"a": empty}) is None
+    assert first_not_finite({"a": whole}) is None
+    assert first_not_finite({"a": torch.tensor(math.nan)}) == "a"
+    assert first_not_finite({"a": empty, "b": whole, "c": torch.tensor([-math.inf]), "d": whole * math.nan}) == "c"
+    assert first_not_finite({"a": whole.bfloat16(), "b": whole.float(), "c": whole * math.inf}) == "c"
+
+
 def test_truncate_refuses_nan():
     factors = factorize(torch.randn(4, 4))
     with pytest.raises(ValueError, match="`sigma` holds NaN or Inf"):
@@ -237,6 +272,16 @@ def test_stability_is_the_mean_cosine_of_the_paired_directions():
     angle = torch.tensor(0.3)
     rotation = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
     assert stability(rotation, torch.eye(2)) == pytest.approx(math.cos(0.3))
+
+
+def test_stability_is_summed_in_float64():
+    first, second = (torch.randn(70, 50, dtype=torch.float32) for _ in range(2))
+    assert stability(first / 70, second / 70) == ((first / 70) * (second / 70)).double().sum().item() / 50
+
+
+def test_the_polar_factor_has_no_negative_zeros():
+    basis = polar_factor(torch.diag(torch.tensor([2.0, -5.0])))
+    assert basis.signbit().tolist() == [[False, False], [False, True]]
 
 
 def test_stability_of_bases_of_different_weights_is_refused():
@@ -377,6 +422,21 @@ def test_the_rank_kept_follows_the_formula(values, cutoff, max_rank_drop, min_ra
     above = len([value for value in values if value >= cutoff * values[0]])
     assert kept == min(r, max(above, r - math.floor(max_rank_drop * r), min_rank))
     assert 1 <= kept <= r
+
+
+def test_by_default_a_rank_is_halved_at_most_and_one_direction_stays():
+    values = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert rank_to_keep(values, cutoff=0.5) == 2
+    assert rank_to_keep(values[:1], cutoff=0.5) == 1
+    assert rank_to_keep(values, cutoff=0.5, max_rank_drop=1.0) == 1
+    factors = Factors(torch.eye(4), torch.diag(values), torch.eye(4))
+    assert truncate(factors, cutoff=0.5).rank == 2
+    assert truncate(factors, cutoff=0.5, max_rank_drop=1.0).rank == 1
+
+
+@pytest.mark.parametrize(("largest_loss", "needed"), [(0.0, 2), (0.4, 2), (0.5, 1), (0.6, 1)])
+def test_what_is_lost_may_be_as_much_as_the_bound(largest_loss, needed):
+    assert count_needed(torch.tensor([4.0, 4.0]), torch.tensor(8.0), largest_loss) == needed
 
 
 @given(

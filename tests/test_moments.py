@@ -133,6 +133,25 @@ def test_a_parameter_before_its_first_step_has_no_state_to_carry():
     assert not optimizer.state
 
 
+def test_a_parameter_is_replaced_again_and_again_in_its_place():
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=0.1)
+    slots, old = OptimizerSlots(optimizer), parameters[2]
+    for step in range(3):
+        new = nn.Parameter(torch.ones(2))
+        slots.replace(old, new, {"step": step})
+        assert old not in slots
+        assert slots.group_of(old) == 0
+        assert slots.group_of(new) == 1
+        assert slots.state_of(new) == {"step": step}
+        assert list(optimizer.state) == [new]
+        assert [id(p) for p in optimizer.param_groups[1]["params"]] == [id(parameters[1]), id(new)]
+        old = new
+    slots.replace(old, old, None)
+    assert old in slots
+    assert slots.state_of(old) == {}
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Muon])
 def test_an_empty_state_to_receive_into_has_the_form_of_the_transported_one(make, bases):
     parameter = nn.Parameter(random_matrix(6, 5))

@@ -38,6 +38,11 @@ def test_a_share_is_never_less_than_one_step_nor_more_than_all(share, total):
     assert 1 <= steps_of(share, total) <= total
 
 
+def test_only_a_float_below_one_is_a_share():
+    assert (steps_of(1, 50), steps_of(1.0, 50), steps_of(0.0, 50), steps_of(0, 50)) == (1, 1, 0, 0)
+    assert (rank_of(1, 50), rank_of(1.0, 50), rank_of(0.0, 50), rank_of(2.0, 50)) == (1, 1, 1, 2)
+
+
 @given(full=st.integers(1, 4096))
 def test_no_rank_means_the_full_one(full):
     assert rank_of(None, full) == full
@@ -70,6 +75,17 @@ def test_checks_are_the_multiples_of_the_interval_from_the_first_on(every):
 )
 def test_a_stable_layer_is_factored_from_the_delay_on(step, stability, expected):
     assert schedule(delay=10, threshold=0.9).freezes(step, stability) is expected
+
+
+@pytest.mark.parametrize(
+    ("step", "outlook", "expected"),
+    [(9, 0.0, False), (10, 0.4, True), (10, 0.4001, False), (10, None, False), (11, 0.1, True)],
+)
+def test_a_settled_layer_is_factored_from_the_delay_on(step, outlook, expected):
+    rule = schedule(delay=10, settle_ratio=0.4)
+    assert rule.freezes(step, 1.0, outlook) is expected
+    # the outlook alone decides
+    assert rule.freezes(step, None, outlook) is expected
 
 
 @pytest.mark.parametrize("stability", [None, -1.0, 0.0, 1.0])
