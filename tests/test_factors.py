@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from oialr_peft import Factors, factorize, polar_factor, rediagonalize, stability, truncate
-from oialr_peft.factors import compute_dtype, count_needed, first_not_finite, rank_to_keep, rotate, rotation_of
+from oialr_peft.factors import (
+    compute_dtype,
+    count_needed,
+    factorize_all,
+    first_not_finite,
+    rank_to_keep,
+    rotate,
+    rotation_of,
+)
 
 SHAPES = [(7, 3), (3, 7), (5, 5), (1, 6), (6, 1), (1, 1)]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -143,6 +151,22 @@ def test_a_rank_outside_the_matrix_is_refused(rank):
         ValueError, match=rf"`rank` must be between 1 and .* = 3 for `weight` .* but is {rank}\. Choose"
     ):
         factorize(torch.randn(3, 5), rank=rank)
+
+
+def test_many_weights_are_factorized_in_their_order_and_in_at_least_float32(monkeypatch):
+    weights = [("a", torch.randn(5, 4), 2), ("b", torch.randn(3, 6).bfloat16(), 3), ("c", torch.randn(4, 4).float(), 1)]
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found = list(factorize_all(weights))
+        assert [factors.rank for factors in found] == [2, 3, 1]
+        assert [factors.sigma.dtype for factors in found] == [torch.float64, torch.float32, torch.float32]
+        for (_, weight, rank), factors in zip(weights, found, strict=True):
+            for ours, alone in zip(factors, factorize(weight.to(factors.u.dtype), rank=rank), strict=True):
+                assert torch.equal(ours, alone)
+    torch.set_num_threads(1)
+    with pytest.raises(ValueError, match="`b` holds NaN or Inf"):
+        list(factorize_all([weights[0], ("b", torch.full((2, 2), math.nan), 1)]))
+    assert list(factorize_all([])) == []
 
 
 # ---- input checks ----------------------------------------------------------------------------------------------------

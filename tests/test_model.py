@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import warnings
 import weakref
 
 import pytest
 import torch
 from peft import PeftModel, get_layer_status, get_model_status, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.layer import OIALRLinear
-from oialr_peft.model import STEPS_UNTIL_WARNING, adapter_layers
+from oialr_peft.model import STEPS_UNTIL_WARNING, OIALRModel, _exactly, adapter_layers
 
 DENSE = {}
 FACTORED = {"freeze_when": "delay", "delay": 0}
@@ -115,6 +117,40 @@ def test_a_second_adapter_has_the_same_default_targets(spelling, bert):
     model = get_peft_model(bert, OIALRConfig())
     model.add_adapter("second", OIALRConfig(target_modules=spelling))
     assert list(adapter_layers(model, "second")) == list(adapter_layers(model, "default"))
+
+
+NAMES = ["a", "x", "a.x", "b.a.x", "b.x", "ba.x", "layers.0.x", "layers.1.x", "c.layers.1.x", "x.a"]
+
+
+@pytest.mark.parametrize("targets", [["x"], ["a.x"], ["a", "b.a.x"], ["layers.1.x", "ba.x"]], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"exclude_modules": ["a.x"]},
+        {"exclude_modules": "b.*"},
+        {"modules_to_save": ["layers.1"]},
+        {"layers_to_transform": [1]},
+    ],
+    ids=str,
+)
+def test_targets_are_those_of_peft(targets, fields):
+    config = OIALRConfig(target_modules=targets, **fields)
+    before = copy.deepcopy(config)
+    for name in NAMES:
+        ours = OIALRModel._check_target_module_exists(config, name)
+        theirs = BaseTuner._check_target_module_exists(config, name)
+        assert (bool(ours), type(ours)) == (bool(theirs), type(theirs)), name
+    assert config == before
+
+
+def test_default_targets_do_not_stand_for_modules_whose_names_end_in_them():
+    one, other = (nn.ModuleDict({"x": nn.Linear(2, 2)}) for _ in range(2))
+    model = nn.ModuleDict({"a": one, "b": nn.ModuleDict({"a": other})})
+    assert _exactly(["a.x", "b.a.x"], model) == {"a.x", "b.a.x"}
+    assert _exactly(["b.a.x"], model) == {"b.a.x"}
+    expression = _exactly(["a.x"], model)
+    assert [name for name, _ in model.named_modules() if re.fullmatch(expression, name)] == ["a.x"]
 
 
 def test_modules_to_save_are_not_targets(bert):
