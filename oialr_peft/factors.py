@@ -327,6 +327,13 @@ def truncate(factors: Factors, *, cutoff: float, max_rank_drop: float = 0.5, min
     return factors.cut(kept)
 
 
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names the first tensor with NaN or Inf; waits for the device once, however many."""
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise not_finite_error(name)
+
+
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with NaN or Inf; waits for the device once, however many there are."""
     return next(iter(not_finite(tensors)), None)
