@@ -171,6 +171,57 @@ def test_a_run_is_not_resumed_from_a_damaged_checkpoint(damage, adapter, saved, 
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["", ".oialr_sigma"])
+def test_neither_the_whole_model_nor_a_part_of_the_adapter_is_a_module_to_save(name):
+    with pytest.raises(ValueError, match="`modules_to_save` must be a list of module names"):
+        OIALRConfig(modules_to_save=["classifier", name])
+
+
+def test_a_configuration_without_its_weights_is_refused(adapter, bert):
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has the configuration of a saved adapter, but not its weights"):
+        PeftModel.from_pretrained(bert, adapter)
+    assert not any(isinstance(module, OIALRLinear) for module in bert.modules())
+
+
+@pytest.fixture
+def pretrained(tmp_path, make_model):
+    """An adapter that holds everything."""
+    get_peft_model(make_model("bert"), OIALRConfig(pretraining=True, **FACTORED)).save_pretrained(tmp_path / "all")
+    return tmp_path / "all"
+
+
+OUTSIDE = "base_model.model.bert.embeddings.word_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, r"holds nothing for `bert\.embeddings\.word_embeddings\.weight`, which is saved with an adapter"),
+        (torch.zeros(5, 8), r"word_embeddings\.weight` in `.*` has shape \(5, 8\), which is not that of the model"),
+        (torch.zeros(30, 8, dtype=torch.int32), r"is I32, but the model has floating-point numbers there"),
+    ],
+    ids=["missing", "shape", "type"],
+)
+def test_what_lies_outside_the_layers_is_checked_before_the_base_weights_are_released(value, message, pretrained, bert):
+    file = pretrained / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[OUTSIDE]
+    save_file(tensors if value is None else {**tensors, OUTSIDE: value}, file)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(bert, pretrained)
+    assert all(parameter.numel() for parameter in bert.parameters())
+    assert not any(isinstance(module, OIALRLinear) for module in bert.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised again outside transformers
+def test_a_tensor_without_a_place_is_named(pretrained, bert):
+    file = pretrained / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.other.weight": torch.zeros(2)}, file)
+    with pytest.warns(UserWarning, match=r"`base_model\.model\.other\.weight` in `.*` is left out, because this model"):
+        PeftModel.from_pretrained(bert, pretrained)
+
+
 # ---- standalone checkpoints ------------------------------------------------------------------------------------------
 
 
