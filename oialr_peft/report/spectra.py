@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from oialr_peft.checkpoints import adapter_file, by_layer, layer_of_key, layer_sizes, tensors_in
+from oialr_peft.checkpoints import adapter_file, layer_of_key, tensors_in
 from oialr_peft.model import adapter_layers
 
 Spectra = Mapping[str, Sequence[float]]  # singular values by full module name, largest first
@@ -33,13 +33,11 @@ def spectra_of_checkpoint(directory: str | os.PathLike[str], subfolder: str | No
     path = adapter_file(os.fspath(directory), subfolder)
     if path is None:
         return {}
-    for name, found in by_layer(tensors_in(path), layer_of_key).items():
-        layer_sizes(name, found)
+    matrices = {key: layer_of_key(key) for key, stored in tensors_in(path).items() if len(stored.shape) == 2}
     with safe_open(path, "pt") as file:
-        keys = {key: layer_of_key(key) for key in file.keys()}  # noqa: SIM118  (it is no dictionary)
         return {
             name: _singular_values(file.get_tensor(key))
-            for key, (name, part) in keys.items()
+            for key, (name, part) in matrices.items()
             if name and part == "sigma"
         }
 
