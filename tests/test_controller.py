@@ -528,7 +528,8 @@ def test_what_another_process_found_has_the_expected_form(storage, shrink, dtype
         names, due = list(controller.layers), {"2"}
         for outcome in controller._found_here(names, due, slots):
             rank = 0 if outcome.factors is None else outcome.factors.rank
-            expected = controller._expected(outcome.name, outcome.stability or 0.0, rank, due=due, slots=slots)
+            found = outcome.name, outcome.stability or 0.0, rank, outcome.broken
+            expected = controller._expected(*found, due=due, slots=slots)
             assert form_of(expected) == form_of(outcome)
             kinds.add((rank > 0, outcome.rank_before is not None, outcome.stability is not None))
         controller._steps -= 1
