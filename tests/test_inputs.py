@@ -135,6 +135,19 @@ def test_only_the_training_pass_before_a_check_is_recorded():
         assert not controller._recent.samples
 
 
+def test_nothing_is_recorded_before_a_check_that_cannot_truncate():
+    model = adapted(freeze_when="delay", delay=5)
+    optimizer, controller = controlled(model)
+    recorded = []
+    for step in range(1, 9):
+        model(batch(step)).sum().backward()
+        recorded.append(bool(controller._recent.samples))
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step()
+    assert recorded == [False] * 7 + [True]  # layers are dense at step 4, and stay so
+
+
 @pytest.mark.parametrize(
     ("settings", "warns"),
     [

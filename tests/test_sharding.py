@@ -16,12 +16,14 @@ from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from runs import (
     STABLE,
+    Tower,
     assert_equal_processes,
     cuts,
     demo_model,
     process_count,
     process_index,
     run_trainer,
+    shard,
     state_of,
     train,
 )
@@ -94,6 +96,19 @@ def test_one_process_with_sharded_parameters_trains_as_without(request, settings
     for name, weight in plain["weights"].items():
         assert_close(sharded["weights"][name], weight, rtol=0, atol=1e-9)
     assert cuts(plain["history"]) >= 1
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_process_with_sharded_parameters_names_what_is_not_finite():
+    config = OIALRConfig(exclude_modules=["head"], pretraining=True, update_every=1, delay=4)
+    model = get_peft_model(Tower(), config)
+    wrapped = shard(model)
+    controller = OIALRController(wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.1), total_steps=8)
+    assert controller.step() is not None
+    with torch.no_grad():
+        controller.layers["middle"].oialr_weight["default"].to_local()[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="`middle` holds NaN or Inf"):
+        controller.step()
 
 
 @pytest.mark.parametrize(
