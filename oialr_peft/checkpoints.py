@@ -24,6 +24,7 @@ _ADAPTER_PREFIX = "base_model.model."
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _FLOATING = {"F16", "BF16", "F32", "F64"}
 _WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+_STORED_WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save)(?=\.)")  # without names of adapters
 
 
 class StoredTensor(NamedTuple):
@@ -40,13 +41,14 @@ class Elsewhere(NamedTuple):
     Attributes:
         shapes: of the model's tensors, by name in the model without adapters.
         integers: names of those that are not floating-point.
-        required: names of those that are always saved with the adapter.
+        required: of each parameter that is always saved with the adapter, the names that it may have in the file; several
+            when modules share it.
         token_rows: possible numbers of trained rows of an embedding.
     """
 
     shapes: Mapping[str, Sequence[int]]
     integers: Collection[str] = ()
-    required: Collection[str] = ()
+    required: Collection[frozenset[str]] = ()
     token_rows: Collection[int] = ()
 
 
@@ -197,7 +199,9 @@ def check_adapter_file(
 
 def _check_elsewhere(path: str | os.PathLike[str], tensors: Mapping[str, StoredTensor], elsewhere: Elsewhere) -> None:
     """Checks the tensors of no layer; integers that this model does not have, such as positions, are no matter."""
-    found = {without_wrappers(key.removeprefix(_ADAPTER_PREFIX)): (key, stored) for key, stored in tensors.items()}
+    found = {
+        _STORED_WRAPPERS.sub("", key.removeprefix(_ADAPTER_PREFIX)): (key, stored) for key, stored in tensors.items()
+    }
     for name, (key, stored) in found.items():
         embedding = elsewhere.shapes.get(f"{name.removesuffix(_TOKENS)}.weight")
         if name.endswith(_TOKENS) and embedding is not None:
@@ -223,10 +227,10 @@ def _check_elsewhere(path: str | os.PathLike[str], tensors: Mapping[str, StoredT
                 f"`{key}` in `{path}` has shape {stored.shape}, which is not that of the model, {tuple(expected)}. It was "
                 "saved from another model, or is damaged."
             )
-    missing = next((name for name in elsewhere.required if name not in found), None)
+    missing = next((names for names in elsewhere.required if names.isdisjoint(found)), None)
     if missing is not None:
         raise ValueError(
-            f"`{path}` holds nothing for `{missing}`, which is saved with an adapter of these settings. The file is "
+            f"`{path}` holds nothing for `{min(missing)}`, which is saved with an adapter of these settings. The file is "
             "incomplete, or belongs to another model."
         )
 

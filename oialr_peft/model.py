@@ -448,17 +448,21 @@ def outside_layers(model: nn.Module, config: OIALRConfig, targets: Collection[st
     """
     shapes: dict[str, tuple[int, ...]] = {}
     integers: set[str] = set()
-    for key, value in _as_adapted(model, config).items():
+    names_of: dict[int, set[str]] = {}  # several where modules share a parameter, of which transformers saves one
+    state = _as_adapted(model, config)
+    for key, value in state.items():
         if isinstance(value, Tensor) and f".{PREFIX}" not in key:
             name = without_wrappers(key)
             shapes[name] = tuple(value.shape)
+            names_of.setdefault(id(value), set()).add(name)
             integers |= set() if value.is_floating_point() else {name}
     for name in targets:
         shapes.pop(f"{name}.weight", None)
     tokens: Any = config.trainable_token_indices or {}
     by_module = tokens.values() if isinstance(tokens, dict) else [tokens]
     # transformers has made integers, such as positions, part of the state and removed them again
-    required = [name for name in shapes if name not in integers and _is_saved(name, config, targets)]
+    saved = {name for name in shapes if name not in integers and _is_saved(name, config, targets)}
+    required = [frozenset(names) for names in names_of.values() if not names.isdisjoint(saved)]
     return Elsewhere(shapes, integers, required, {len(indices) for indices in by_module})
 
 

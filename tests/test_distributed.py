@@ -293,7 +293,7 @@ def test_after_the_freeze_only_cores_are_reduced_and_bases_never_except_in_check
             assert records[step - 1]["sent"] == 4 * (factors + 2 * core)
             assert records[step - 1]["tensors"] == 4 * 5
         assert records[-1]["gradient"] * 16 <= records[0]["gradient"]
-        assert all(record["agreed"] <= 8 * (3 + 3 * 4) for record in records)
+        assert all(record["agreed"] <= 8 * (3 + 4 * 4) for record in records)
 
 
 def test_every_matrix_is_decomposed_once_and_the_work_is_even(two):
