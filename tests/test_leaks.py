@@ -73,17 +73,25 @@ def tracked() -> Counter[str]:
 
 
 def assert_flat(action: Callable[[], None], times: int) -> None:
-    """Repeated, the action leaves no object but a few caches, and less than 40 KiB of memory a time."""
+    """Repeated, the action leaves no object but a few caches, and less than 40 KiB of memory a time.
+
+    What leaks grows in every round; the allocator and the rest of the process may grow in one.
+    """
     for _ in range(5):
         action()
     tracked()
     process = psutil.Process()
-    objects, memory = tracked(), process.memory_info().rss
-    for _ in range(times):
-        action()
-    grown = tracked() - objects
-    assert sum(grown.values()) <= 40 + times // 10, grown
-    assert process.memory_info().rss - memory <= max(4 * MEBIBYTE, 40 * 1024 * times)
+    rounds = []
+    for _ in range(3):
+        objects, memory = tracked(), process.memory_info().rss
+        for _ in range(times):
+            action()
+        grown = tracked() - objects
+        assert sum(grown.values()) <= 40 + times // 10, grown
+        rounds.append(process.memory_info().rss - memory)
+        if rounds[-1] <= max(4 * MEBIBYTE, 40 * 1024 * times):
+            return
+    raise AssertionError(f"{times} times, memory grew by {rounds} bytes in three rounds")
 
 
 def added_and_deleted(model: PeftModel, mode: str) -> None:
@@ -114,7 +122,7 @@ def test_adapters_that_come_and_go_leave_nothing(mode, cycles):
 @pytest.mark.parametrize("mode", MODES)
 def test_checks_leave_nothing_but_their_record(mode, checks):
     model = get_peft_model(tower(), config(mode))
-    optimizer, controller = controlled(model, checks + 25)
+    optimizer, controller = controlled(model, 3 * checks + 25)
     train(model, optimizer, controller, 20)  # ranks have settled
     assert len(controller.history) == 20
 
@@ -123,7 +131,7 @@ def test_checks_leave_nothing_but_their_record(mode, checks):
         train(model, optimizer, controller, 1)
 
     assert_flat(check, checks)
-    assert controller.steps == checks + 25
+    assert controller.steps in [20 + 5 + rounds * checks for rounds in (1, 2, 3)]
 
 
 # ---- threads, processes, files ---------------------------------------------------------------------------------------
@@ -135,13 +143,13 @@ def test_threads_of_decompositions_end_with_them(monkeypatch):
     before = threading.enumerate()
     try:
         counts = []
-        for _ in range(3):
+        for _ in range(8):
             assert len([found for chunk in decompositions.decompose(weights) for found in chunk]) == 6
             counts.append(psutil.Process().num_threads())
     finally:
         torch.set_num_threads(1)  # they were told that there are four
     assert threading.enumerate() == before
-    assert counts[2] <= counts[0]  # also those that PyTorch starts by itself
+    assert counts[-1] - counts[0] < 4  # four workers a round; PyTorch may start one of its own in between
 
 
 def test_a_run_with_files_and_pages_leaves_no_thread_process_or_file_open(tmp_path):
