@@ -34,6 +34,7 @@ from oialr_peft.config import OIALRConfig
 from oialr_peft.decompositions import SVD, Decomposition, decompose
 from oialr_peft.distributed import Job, Processes, refresh_reducers, refuse_join, require_supported_engine
 from oialr_peft.factors import (
+    DTYPES,
     Factors,
     Rotation,
     bounded_rank,
@@ -629,11 +630,11 @@ class OIALRController:
             )
         for name, basis in state_dict["bases"].items():
             shape = kept_shape(self._shape_of(name), self.config.stability_storage)
-            if tuple(basis.shape) != shape:
+            if tuple(basis.shape) != shape or basis.dtype not in DTYPES:
                 raise ValueError(
-                    f"The controller state holds a basis of `{name}` with shape {tuple(basis.shape)}, but "
-                    f"`stability_storage={self.config.stability_storage!r}` keeps {shape}. Resume with the setting of the "
-                    "first run."
+                    f"The controller state holds a basis of `{name}` with shape {tuple(basis.shape)} and {basis.dtype}, but "
+                    f"`stability_storage={self.config.stability_storage!r}` keeps floating-point numbers of shape {shape}. "
+                    "Resume with the setting of the first run."
                 )
         require_finite(state_dict["bases"])
         self._steps = int(state_dict["steps"])
