@@ -63,6 +63,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, controller: OIALRC
         controller.step()
 
 
+def reduced(few: int, many: int) -> list[object]:
+    """Two modes a few times by default; all of them many times among the slow tests."""
+    return [("physical", few), ("residual", few)] + [pytest.param(mode, many, marks=pytest.mark.slow) for mode in MODES]
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -108,8 +113,7 @@ def wrapped_and_unloaded(base: nn.Module, mode: str) -> None:
     model.unload()
 
 
-@pytest.mark.parametrize("cycles", [5, pytest.param(40, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "cycles"), reduced(5, 40))
 def test_adapters_that_come_and_go_leave_nothing(mode, cycles):
     model, base = get_peft_model(tower(), config("physical")), tower()
     assert_flat(lambda: added_and_deleted(model, mode), cycles)
@@ -118,8 +122,7 @@ def test_adapters_that_come_and_go_leave_nothing(mode, cycles):
     assert all(list(layer.ranks) in ([], ["default"]) for layer in adapter_layers(model).values())
 
 
-@pytest.mark.parametrize("checks", [40, pytest.param(400, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "checks"), reduced(40, 400))
 def test_checks_leave_nothing_but_their_record(mode, checks):
     model = get_peft_model(tower(), config(mode))
     optimizer, controller = controlled(model, 3 * checks + 25)
@@ -254,9 +257,7 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("smallest", "kind"), [(40, "factored"), (40, "dense"), pytest.param(500, "factored", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("smallest", "kind"), [(40, "dense"), pytest.param(500, "factored", marks=pytest.mark.slow)])
 def test_work_to_set_up_grows_with_the_number_of_layers_and_not_with_its_square(smallest, kind):
     calls_to_set_up(4, SETUPS[kind])  # imports, caches
     one, two, four = (calls_to_set_up(factor * smallest, SETUPS[kind]) for factor in (1, 2, 4))
