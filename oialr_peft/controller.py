@@ -613,7 +613,7 @@ class OIALRController:
 
         Raises:
             ValueError: it is of a later format, or a stored basis belongs to no dense layer of this model, has another
-                shape than `stability_storage` keeps, or holds NaN or Inf. The controller is then as it was.
+                shape than `stability_storage` keeps, or holds integers, NaN or Inf. The controller is then as it was.
         """
         version = state_dict.get("format_version", 1)
         if version > FORMAT_VERSION:
@@ -819,7 +819,10 @@ class OIALRController:
 
 
 class _FusedStep:
-    """Whether the last step of a fused optimizer was skipped: a gradient scaler leaves that to it, and tells nobody else."""
+    """Whether the last step of a fused optimizer was skipped: a gradient scaler leaves that to it, and tells nobody else.
+
+    While a scaler is in use, this waits for the device once a step, as scalers do for optimizers that are not fused.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.was_skipped = False
