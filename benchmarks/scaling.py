@@ -243,7 +243,7 @@ def layer_check_seconds(kind: str, m: int, n: int, rank: int, cluster: Cluster) 
 def sent_bytes(kind: str, m: int, n: int, run: Run) -> int:
     """What one layer's process sends to all others: a sketch, or U, the diagonal of Σ, Vᵀ and two moments."""
     r = run.rank(m, n)
-    return sketch_bytes(m, n) if kind == "dense" else run.weight_bytes * ((m + n) * r + r + 2 * r * r)
+    return sketch_bytes(m, n) if kind == "dense" else run.weight_bytes * ((m + n) * r + 3 * r * r)
 
 
 def check_seconds(kind: str, shapes: Shapes, run: Run, cluster: Cluster) -> float:

@@ -21,6 +21,7 @@ FORMAT_VERSION = 1  # of adapter checkpoints; raised when older releases could n
 FreezeWhen = Literal["stable", "settled", "delay"]
 StabilityStorage = Literal["full", "sketch", "bf16", "cpu"]
 Shrink = Literal["physical", "mask"]
+SigmaBasis = Literal["axes", "singular"]
 Bias = Literal["none", "all", "oialr_only"]
 
 # what a model card shows of the settings
@@ -39,6 +40,7 @@ CARD_SETTINGS = (
     "max_rank_drop",
     "min_rank",
     "sigma_lr_scale",
+    "sigma_basis",
 )
 
 DEFAULT_DELAY = 0.1  # of all steps; not yet the result of a measurement (docs/differences.md)
@@ -98,6 +100,10 @@ class OIALRConfig(PeftConfig):
         sigma_lr_scale: learning rate of Σ (r, r) over that of its parameter group, > 0; `"norm"` is √(m n) / r, with which
             an update of a factored weight is as long as that of the dense one, for optimizers that scale every entry on
             its own (Adam and its relatives), and 1 for SGD and Muon.
+        sigma_basis: the basis that Σ is written in. `"axes"` turns U and V close to coordinate axes, so that Adam scales the
+            entries of Σ as it did those of the dense weight, and leaves layers that lose no direction as they are;
+            `"singular"` makes Σ diagonal in every update, as the paper does. The weight is the same, and SGD and Muon
+            train it alike. `None` means singular with `pretraining` or `residual`, otherwise axes.
         min_rank: floor of the rank.
         stability_storage: what is kept of the last basis: `"sketch"` (its product with 32 random ±1 columns; Stability
             is then off by about .002, which the decision to freeze allows for), `"bf16"`, `"cpu"`, or `"full"` (exact).
@@ -181,6 +187,13 @@ class OIALRConfig(PeftConfig):
     sigma_lr_scale: float | str = field(
         default="norm", metadata={"help": 'Learning rate of Σ over that of its group, or "norm": √(m n) / r.'}
     )
+    sigma_basis: str | None = field(
+        default=None,
+        metadata={
+            "help": '"axes": U and V close to coordinate axes; "singular": Σ diagonal after each update; None: singular '
+            "if pretraining or residual, else axes."
+        },
+    )
     stability_storage: str = field(
         default="sketch", metadata={"help": 'What is kept of the last basis: "sketch", "bf16", "cpu" or "full".'}
     )
@@ -205,6 +218,9 @@ class OIALRConfig(PeftConfig):
         self._check_method()
         if self.delay is None:
             self.delay = 0 if self.residual else DEFAULT_DELAY
+        if self.sigma_basis is None:  # adapters that were saved without one know no other than the singular
+            replaces = not (self.pretraining or self.residual or self.is_from_checkpoint)
+            self.sigma_basis = "axes" if replaces else "singular"
         self._set_pruning()
         self._check_combinations()
         self._check_format()
@@ -355,6 +371,8 @@ class OIALRConfig(PeftConfig):
         self._check_choice("freeze_when", get_args(FreezeWhen))
         self._check_choice("stability_storage", get_args(StabilityStorage))
         self._check_choice("shrink", get_args(Shrink))
+        if self.sigma_basis is not None:
+            self._check_choice("sigma_basis", get_args(SigmaBasis))
         if self.delay is not None:
             self._check_steps("delay", self.delay, minimum=0)
         self._check_steps("update_every", self.update_every, minimum=1)

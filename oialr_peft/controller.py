@@ -5,7 +5,7 @@ events. A check at step t (t a multiple of ν):
 
 1. every dense layer: Stability against the basis stored at the previous check, then store the new basis; factor the
    layers that qualify.
-2. Σ update, when some layer is factored: the layers that are due are rediagonalized, then truncated. Optimizer state
+2. Σ update, when some layer is factored: the layers that are due are decomposed, then truncated. Optimizer state
    follows every change of basis and rank.
 """
 
@@ -31,23 +31,22 @@ from torch.optim import Optimizer
 
 from oialr_peft.basis import kept_of, kept_shape, stability_error, stability_of_kept
 from oialr_peft.config import OIALRConfig
-from oialr_peft.decompositions import SVD, Decomposition, decompose
+from oialr_peft.decompositions import Decomposition, decompose
 from oialr_peft.distributed import Job, Processes, refresh_reducers, refuse_join, require_supported_engine
 from oialr_peft.factors import (
     DTYPES,
     Factors,
     Rotation,
     bounded_rank,
+    changed,
     compute_dtype,
     count_above,
     count_needed,
-    factors_of,
     first_not_finite,
     not_finite,
     not_finite_error,
     require_finite,
     require_in_range,
-    rotate,
 )
 from oialr_peft.inputs import RecentInputs
 from oialr_peft.layer import OIALRLinear
@@ -445,30 +444,31 @@ class OIALRController:
     def _changed(
         self, name: str, rotation: Rotation, stability: float | None, due: bool, broken: bool, slots: OptimizerSlots
     ) -> Outcome:
-        """New factors and optimizer state of a layer whose trained matrix becomes the diagonal of `rotation`."""
-        old = self._trained[name]
-        if self._is_dense(name):
-            found = SVD(rotation.p, rotation.singular_values, rotation.q.mT)
-            factors = factors_of(found, old.dtype)
-        else:
-            factors = rotate(self._factors(name), rotation)
+        """New factors and optimizer state of a layer whose trained matrix has the SVD `rotation`, cut to the new rank."""
+        old, to_axes = self._trained[name], self.config.sigma_basis == "axes"
         rank_before = self._rank_before(name) if due else None
+        factors = None if self._is_dense(name) else self._factors(name)
+        if to_axes and factors is not None and factors.rank == rotation.singular_values.numel():
+            # nothing is dropped, and the axes are the same
+            return Outcome(name, factors=factors if broken else None, rank_before=rank_before, broken=broken)
+        change = rotation.to_axes(factors) if to_axes else rotation.to_diagonal()
+        new = change.to_factors(old.dtype) if factors is None else changed(factors, change)
         if broken:
-            return Outcome(name, stability, None, factors, None, rank_before, broken=True)
-        size = self._size_for(name, factors.rank)
+            return Outcome(name, stability, None, new, None, rank_before, broken=True)
+        size = self._size_for(name, new.rank)
         # zero rows and columns: the state of the dropped directions of a masked layer becomes zero, its shape stays
         p, q = (
             nn.functional.pad(side, (0, size - side.shape[1], 0, rows - side.shape[0]))
-            for side, rows in zip((rotation.p, rotation.q), old.shape, strict=True)
+            for side, rows in zip((change.p, change.q), old.shape, strict=True)
         )
         state = transport_state(self._state(name, slots), old.shape, p, q)
-        return Outcome(name, stability, None, factors, state, rank_before)
+        return Outcome(name, stability, None, new, state, rank_before)
 
     def _apply(self, outcome: Outcome, slots: OptimizerSlots) -> None:
         name = outcome.name
-        if outcome.factors is None:
-            assert outcome.kept is not None
+        if outcome.kept is not None:
             self._bases[name] = outcome.kept.cpu() if self.config.stability_storage == "cpu" else outcome.kept
+        if outcome.factors is None:
             return
         old = self._trained[name]
         size = self._size_for(name, outcome.factors.rank)
@@ -558,6 +558,8 @@ class OIALRController:
         measured = stability if name in self._bases else None
         old, layer = self._trained[name], self.layers[name]
         m, n = layer.out_features, layer.in_features
+        if rank == 0 and not self._is_dense(name):
+            return Outcome(name, rank_before=self._rank_before(name) if name in due else None)
         if rank == 0:
             shape = kept_shape((m, n), self.config.stability_storage)
             dtype = torch.bfloat16 if self.config.stability_storage == "bf16" else compute_dtype(old)

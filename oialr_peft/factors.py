@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,11 +117,7 @@ def factorize_all(weights: Sequence[tuple[str, Tensor, int]]) -> Iterator[Factor
 
 def factors_of(found: SVD, dtype: torch.dtype) -> Factors:
     """The factors of a decomposition in `dtype`; they share no memory with it."""
-    return Factors(
-        found.u.to(dtype, copy=True, memory_format=torch.contiguous_format),
-        torch.diag(found.s).to(dtype),
-        found.vh.to(dtype, copy=True, memory_format=torch.contiguous_format),
-    )
+    return Change(found.u, torch.diag(found.s), found.vh.mT).to_factors(dtype)
 
 
 def polar_factor(weight: Tensor, *, name: str = "weight") -> Tensor:
@@ -201,6 +197,21 @@ def rediagonalize(factors: Factors, *, name: str = "sigma") -> Factors:
     return rotate(factors, rotation)
 
 
+class Change(NamedTuple):
+    """``Σ' = Pᵀ Σ Q``: the core that takes the place of another one, or of a dense weight, and the way from there."""
+
+    p: Tensor  # (m, r), orthonormal columns
+    core: Tensor  # (r, r)
+    q: Tensor  # (n, r), orthonormal columns
+
+    def to_factors(self, dtype: torch.dtype) -> Factors:
+        """The factors that take the place of a dense weight, in `dtype`; they share no memory with the change."""
+        contiguous: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+        return Factors(
+            self.p.to(dtype, **contiguous), self.core.to(dtype, **contiguous), self.q.mT.to(dtype, **contiguous)
+        )
+
+
 class Rotation(NamedTuple):
     """The SVD ``Σ = P D Qᵀ`` of a core, kept so that optimizer state can follow the same rotation."""
 
@@ -212,6 +223,40 @@ class Rotation(NamedTuple):
         """Only the `rank` largest directions."""
         return Rotation(self.p[:, :rank], self.singular_values[:rank], self.q[:, :rank])
 
+    def to_diagonal(self) -> Change:
+        """The change that makes the core diagonal."""
+        return Change(self.p, torch.diag(self.singular_values), self.q)
+
+    def to_axes(self, factors: Factors | None = None) -> Change:
+        """The change to a basis close to coordinate axes, see `axis_rotation`.
+
+        Args:
+            factors: those whose core this is the SVD of; `None` for that of a dense weight.
+        """
+        dtype = self.p.dtype
+        u, v = (self.p, self.q) if factors is None else (factors.u.to(dtype) @ self.p, factors.vh.mT.to(dtype) @ self.q)
+        a, b = axis_rotation(u), axis_rotation(v)
+        return Change(self.p @ a, a.mT @ (self.singular_values[:, None] * b), self.q @ b)
+
+
+def axis_rotation(columns: Tensor) -> Tensor:
+    """The rotation R (r, r) after which orthonormal columns (m, r) lie close to r of the m coordinate axes.
+
+    ``columns @ R`` is lower triangular, with a diagonal ≥ 0, in the r rows of the largest norm. It spans what the columns
+    span, does not depend on how these were rotated before, and is the identity when nothing was dropped (m = r).
+
+    Optimizers that scale every entry on its own, such as Adam, follow the axes in which the entries are counted. Those of
+    the dense weight carry a meaning, features of a pretrained model most of all; singular directions mix them, and so the
+    second moments as well.
+
+    >>> axis_rotation(torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
+    tensor([[-0.,  1.],
+            [-1., 0.]])
+    """
+    rows = columns.square().sum(1).topk(columns.shape[1]).indices.sort().values
+    q, upper = torch.linalg.qr(columns[rows].mT)
+    return q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+
 
 def rotation_of(sigma: Tensor, *, name: str = "sigma") -> Rotation:
     """SVD of a core `sigma` (r, r) in at least float32, with the checks of `factorize`."""
@@ -221,19 +266,30 @@ def rotation_of(sigma: Tensor, *, name: str = "sigma") -> Rotation:
 
 
 def rotate(factors: Factors, rotation: Rotation) -> Factors:
-    """``U ← U P``, ``Vᵀ ← Qᵀ Vᵀ``, ``Σ ← D``; a rotation that was `cut` truncates at the same time.
+    """``U ← U P``, ``Vᵀ ← Qᵀ Vᵀ``, ``Σ ← D``; a rotation that was `cut` truncates at the same time."""
+    return changed(factors, rotation.to_diagonal())
 
-    The rounding errors of many rotations would add up, to 8e-4 in float32 after 1,000 of them, so U and V are made
+
+def changed(factors: Factors, change: Change) -> Factors:
+    """``U ← U P``, ``Vᵀ ← Qᵀ Vᵀ`` and the new core.
+
+    The rounding errors of many changes would add up, to 8e-4 in float32 after 1,000 of them, so U and V are made
     orthonormal again each time.
     """
-    dtype = rotation.p.dtype
-    u = orthonormalized(factors.u.to(dtype) @ rotation.p)
-    v = orthonormalized(factors.vh.mT.to(dtype) @ rotation.q)
+    dtype = change.p.dtype
+    u = orthonormalized(factors.u.to(dtype) @ change.p)
+    v = orthonormalized(factors.vh.mT.to(dtype) @ change.q)
     return Factors(
         u.to(factors.u.dtype).contiguous(),
-        torch.diag(rotation.singular_values).to(factors.sigma.dtype),
+        change.core.to(factors.sigma.dtype),
         v.mT.to(factors.vh.dtype).contiguous(),
     )
+
+
+def on_axes(factors: Factors) -> Factors:
+    """The same weight with U and V close to coordinate axes, see `axis_rotation`."""
+    a, b = axis_rotation(factors.u), axis_rotation(factors.vh.mT)
+    return Factors(factors.u @ a, a.mT @ factors.sigma @ b, b.mT @ factors.vh)
 
 
 def orthonormalized(columns: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from oialr_peft.config import OIALRConfig
-from oialr_peft.factors import DTYPES, Factors, compute_dtype, factorize
+from oialr_peft.factors import DTYPES, Factors, compute_dtype, factorize, on_axes
 from oialr_peft.matricization import LINEAR_MODULES, LinearModule, Matricization, matricization_of
 from oialr_peft.ops import Route, build, fold
 from oialr_peft.quantization import dequantized_dtype, dequantized_weight, is_quantized
@@ -192,6 +192,8 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         self.oialr_weight[adapter_name] = nn.Parameter(dense)
 
     def _add_factored(self, adapter_name: str, factors: Factors, config: OIALRConfig) -> None:
+        if config.sigma_basis == "axes":
+            factors = on_axes(factors)
         if config.residual:
             factors = factors._replace(sigma=torch.zeros_like(factors.sigma))
         if not config.init_weights:

@@ -18,11 +18,13 @@ from oialr_peft.moments import is_moment, moments_of
 class Outcome:
     """What a check found for one layer: what is kept of its basis, or its new factors with their optimizer state.
 
+    Neither of a factored layer that stays as it is.
+
     Attributes:
         name: of the layer.
         stability: of a dense layer that had an earlier basis.
         kept: of a layer that stays dense, see `basis.kept_of`.
-        factors: of a layer that was factored or rotated; sigma is diagonal.
+        factors: of a layer that was factored, rotated or cut.
         state: what the optimizer keeps for the new sigma; `None` when it cannot follow and is reset.
         rank_before: of a layer that takes part in the Σ update.
         broken: whether the optimizer's state held NaN or Inf, and is reset therefore.
@@ -41,28 +43,30 @@ class Outcome:
         return replace(self, kept=None, factors=None, state=None)
 
     def message(self, device: torch.device) -> list[Tensor]:
-        """Everything that other processes need, contiguous and on `device`; of Σ, which is diagonal, the diagonal."""
-        if self.factors is None:
-            assert self.kept is not None
+        """Everything that other processes need, contiguous and on `device`."""
+        if self.kept is not None:
             return [self.kept.to(device).contiguous()]
-        u, sigma, vh = self.factors
-        return [u.contiguous(), sigma.diagonal().contiguous(), vh.contiguous(), *moments_of(self.state or {})]
+        if self.factors is None:
+            return []
+        return [*(factor.contiguous() for factor in self.factors), *moments_of(self.state or {})]
 
     def received(self, message: list[Tensor]) -> Outcome:
         """With the tensors of a message in place of its own."""
+        if not message:
+            return self
         if self.factors is None:
             return replace(self, kept=message[0])
-        u, singular_values, vh, *moments = message
+        u, sigma, vh, *moments = message
         values = iter(moments)
         state = self.state and {key: next(values) if is_moment(value) else value for key, value in self.state.items()}
-        return replace(self, factors=Factors(u, torch.diag(singular_values), vh), state=state)
+        return replace(self, factors=Factors(u, sigma, vh), state=state)
 
 
 class Expected(Protocol):
     """Makes the outcome that another process found, with unset tensors to receive it into."""
 
     def __call__(self, name: str, stability: float, rank: int, broken: bool) -> Outcome:
-        """The outcome of a layer; `rank` 0 means that it stays dense."""
+        """The outcome of a layer; `rank` 0 means that it stays dense, or factored as it is."""
 
 
 def exchanged(
@@ -88,7 +92,7 @@ def exchanged(
         Exception: the failure of this process.
         RuntimeError: another process failed.
     """
-    table = torch.zeros(len(shares), 4, dtype=torch.float64)  # done, Stability, new rank (0: stays dense), broken state
+    table = torch.zeros(len(shares), 4, dtype=torch.float64)  # done, Stability, new rank (0: stays), broken state
     for row, (job, _) in zip(table, shares, strict=True):
         if job.name in found:
             outcome = found[job.name]

@@ -28,6 +28,11 @@ class Settings:
     max_output_loss: float | None = None
     settle_ratio: float = 1.0
     sigma_lr_scale: float | str = "norm"
+    sigma_basis: str | None = None
+
+    def __post_init__(self):
+        if self.sigma_basis is None:
+            self.sigma_basis = "singular" if self.residual else "axes"
 
 
 class SGD:
@@ -74,6 +79,7 @@ class Layer:
     basis: np.ndarray | None = None  # at the previous check
     inputs: np.ndarray | None = None  # (batch, n) in the last training step
     travelled: float = 0.0
+    way: tuple | None = None  # P and Q from the matrix that was trained, as long as its state has not followed
     state: dict = field(default_factory=dict)  # of the optimizer
 
     def weight(self, residual):
@@ -92,6 +98,18 @@ def change_basis(state, p, q):
             state[key] = (p**2).T @ state[key] @ (q**2)
 
 
+def nearest_axes(columns):
+    """The rotation that turns the longest rows, as many as there are columns, into a lower triangle, by Gram and Schmidt."""
+    count = columns.shape[1]
+    rotation = []
+    for row in columns[sorted(np.argsort(-np.sum(columns**2, axis=1), kind="stable")[:count])]:
+        for _ in range(2):  # once more for the rounding errors
+            for found in rotation:
+                row = row - (row @ found) * found
+        rotation.append(row / np.linalg.norm(row))
+    return np.array(rotation).T
+
+
 class Reference:
     """An MLP ``tanh(x W₁ᵀ + b₁) … W_Lᵀ + b_L`` with mean squared error, trained by the method."""
 
@@ -105,6 +123,7 @@ class Reference:
         for layer in self.layers:
             if settings.residual or (settings.freeze_when == "delay" and settings.delay == 0):
                 self.factor(layer, layer.base)
+                self.settle(layer)
                 if settings.residual:
                     layer.sigma = np.zeros_like(layer.sigma)
             else:
@@ -143,11 +162,24 @@ class Reference:
         return math.sqrt(2) ** round(math.log(exact, math.sqrt(2))) if self.optimizer.scales_entries else 1.0
 
     def factor(self, layer, weight):
+        """Into singular directions; `settle` decides in which basis they are kept."""
         u, s, vh = np.linalg.svd(weight, full_matrices=False)
         rank = self.settings.init_rank or len(s)
         layer.u, layer.sigma, layer.vh = u[:, :rank], np.diag(s[:rank]), vh[:rank]
         layer.dense = layer.basis = None
-        change_basis(layer.state, layer.u, layer.vh.T)
+        layer.way = layer.u, layer.vh.T
+
+    def settle(self, layer):
+        """Turn what changed to its axes, and let the optimizer's state follow all of the way at once."""
+        if layer.way is None:
+            return
+        p, q = layer.way
+        if self.settings.sigma_basis == "axes":
+            a, b = nearest_axes(layer.u), nearest_axes(layer.vh.T)
+            layer.u, layer.sigma, layer.vh = layer.u @ a, a.T @ layer.sigma @ b, b.T @ layer.vh
+            p, q = p @ a, q @ b
+        change_basis(layer.state, p, q)
+        layer.way = None
 
     def check(self):
         s = self.settings
@@ -174,6 +206,8 @@ class Reference:
             for i in range(count - due, count):
                 if self.layers[i].dense is None:
                     ranks[i] = self.rotate_and_cut(self.layers[i])
+        for layer in self.layers:
+            self.settle(layer)
         self.history.append((self.steps, stability, frozen, ranks))
 
     def outlook(self, layer, stability):
@@ -197,6 +231,8 @@ class Reference:
                     break
             above = max(above, needed)
         kept = min(before, max(above, before - math.floor(s.max_rank_drop * before), s.min_rank))
-        layer.u, layer.sigma, layer.vh = layer.u @ p[:, :kept], np.diag(d[:kept]), qh[:kept] @ layer.vh
-        change_basis(layer.state, p[:, :kept], qh[:kept].T)
+        if kept < before or layer.way is not None or s.sigma_basis == "singular":
+            way_p, way_q = layer.way or (np.eye(before), np.eye(before))
+            layer.way = way_p @ p[:, :kept], way_q @ qh[:kept].T
+            layer.u, layer.sigma, layer.vh = layer.u @ p[:, :kept], np.diag(d[:kept]), qh[:kept] @ layer.vh
         return before, kept

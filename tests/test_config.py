@@ -41,10 +41,26 @@ BAD_VALUES = {
     "min_rank": [0, -1, 1.0, 0.0, math.nan, None, "1", True],
     "stability_storage": ["disk", None, 1, True],
     "shrink": ["cut", None, 1, True],
+    "sigma_basis": ["Singular", "standard", 1, True],
     "rank_pattern": [3, ["a"], {"a": 0}, {"a": 0.5}, {"a": True}, {1: 2}],
     "format_version": [0, -1, "1", 1.0, True],
 }
 PREDEFINED = {field.name for field in fields(PeftConfig)}  # checked by PEFT
+
+
+@pytest.mark.parametrize(
+    ("fields", "basis"),
+    [
+        ({}, "axes"),
+        ({"residual": True}, "singular"),
+        ({"pretraining": True}, "singular"),
+        ({"format_version": 1}, "singular"),  # saved before there was a choice
+        ({"sigma_basis": "singular"}, "singular"),
+        ({"pretraining": True, "sigma_basis": "axes"}, "axes"),
+    ],
+)
+def test_the_basis_of_sigma_follows_from_what_is_trained(fields, basis):
+    assert OIALRConfig(**fields).sigma_basis == basis
 
 
 @pytest.mark.parametrize(

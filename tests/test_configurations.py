@@ -54,6 +54,7 @@ WORKING: dict[str, list[Any]] = {
     "max_rank_drop": [1e-9, 0.5, 1],
     "min_rank": [1, 100, 1e-9, 0.5],
     "sigma_lr_scale": ["norm", 1, 1e-9, 10.0],
+    "sigma_basis": [None, "axes", "singular"],
     "stability_storage": ["full", "sketch", "bf16", "cpu"],
     "init_weights": [True, False],
     "shrink": ["physical", "mask"],

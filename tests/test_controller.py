@@ -94,8 +94,9 @@ RULES = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_training_equals_the_literal_reference(rule, optimizer):
-    settings = {"update_every": 10, "min_rank": 1, **RULES[rule]}
+@pytest.mark.parametrize("basis", ["axes", "singular"])
+def test_training_equals_the_literal_reference(basis, rule, optimizer):
+    settings = {"update_every": 10, "min_rank": 1, "sigma_basis": basis, **RULES[rule]}
     make_torch, make_numpy = OPTIMIZERS[optimizer]
     base = mlp()
     linear = [module for module in base if isinstance(module, nn.Linear)]
@@ -144,7 +145,9 @@ def test_without_a_cutoff_rotations_do_not_change_training(optimizer):
     }[optimizer]
     losses = {}
     for update_every in (5, STEPS):
-        config = OIALRConfig(freeze_when="delay", delay=0, update_every=update_every, cutoff=0.0)
+        config = OIALRConfig(
+            freeze_when="delay", delay=0, update_every=update_every, cutoff=0.0, sigma_basis="singular"
+        )
         model = get_peft_model(mlp(), config)
         torch_optimizer = make([p for p in model.parameters() if p.requires_grad])
         train(model, torch_optimizer, 40, OIALRController(model, torch_optimizer, total_steps=STEPS))
@@ -155,8 +158,51 @@ def test_without_a_cutoff_rotations_do_not_change_training(optimizer):
         assert_close(often, never, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("delay", [0, 10])
+def test_on_axes_adam_trains_square_layers_that_lose_nothing_as_dense_ones(delay):
+    """What happens to the dense weight: the same entries, the same second moments."""
+    trained = {}
+    for adapts in (True, False):
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)
+        model = nn.Sequential(*layers).double()
+        if adapts:
+            config = OIALRConfig(
+                target_modules=["0", "2"], freeze_when="delay", delay=delay, update_every=5, cutoff=0.0
+            )
+            model = get_peft_model(model, config)
+        else:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in ("0.weight", "2.weight"))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        controller = OIALRController(model, optimizer, total_steps=40) if adapts else None
+        train(model, optimizer, 40, controller)
+        if controller is not None:
+            assert not any(layer.is_dense("default") for layer in controller.layers.values())
+        trained[adapts] = dense_weights(model) if adapts else [layers[i].weight.detach() for i in (0, 2)]
+    for ours, dense in zip(trained[True], trained[False], strict=True):
+        assert_close(ours, dense, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("shrink", ["physical", "mask"])
+def test_on_axes_an_update_that_drops_nothing_leaves_everything_as_it_is(shrink):
+    config = OIALRConfig(freeze_when="delay", delay=0, update_every=5, cutoff=0.0, init_rank=3, shrink=shrink)
+    model = get_peft_model(mlp(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    controller = OIALRController(model, optimizer, total_steps=STEPS)
+    train(model, optimizer, 4, controller)
+    train(model, optimizer, 1)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    parameters = list(model.parameters())
+    update = controller.step()
+    assert {ranks for ranks in update.ranks.values()} == {(3, 3)}
+    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+    assert_close((model.state_dict(), optimizer.state_dict()["state"]), (before[0], before[1]["state"]), rtol=0, atol=0)
+
+
 def test_muon_momentum_follows_the_rotation_exactly():
-    model = get_peft_model(mlp(), OIALRConfig(freeze_when="delay", delay=0, update_every=5, cutoff=0.0))
+    config = OIALRConfig(freeze_when="delay", delay=0, update_every=5, cutoff=0.0, sigma_basis="singular")
+    model = get_peft_model(mlp(), config)
     optimizer = torch.optim.Muon([p for p in model.parameters() if p.requires_grad], lr=0.02)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     train(model, optimizer, 4, controller)
@@ -502,7 +548,8 @@ def test_a_check_of_dense_layers_waits_for_an_accelerator_no_more_often_with_mor
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.filterwarnings("ignore:The state that Adadelta keeps:UserWarning")
-def test_what_another_process_found_has_the_expected_form(storage, shrink, dtype, make):
+@pytest.mark.parametrize("basis", ["axes", "singular"])
+def test_what_another_process_found_has_the_expected_form(basis, storage, shrink, dtype, make):
     """Tensors are received into what `_expected` makes of a name, a Stability and a rank."""
     model = nn.Sequential(nn.Linear(140, 150, dtype=dtype), nn.Tanh(), nn.Linear(150, 7, dtype=dtype))
     config = OIALRConfig(
@@ -514,6 +561,7 @@ def test_what_another_process_found_has_the_expected_form(storage, shrink, dtype
         stability_storage=storage,
         shrink=shrink,
         cutoff=0.9,
+        sigma_basis=basis,
     )
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     optimizer = make([p for p in model.parameters() if p.requires_grad])
@@ -535,7 +583,11 @@ def test_what_another_process_found_has_the_expected_form(storage, shrink, dtype
         controller._steps -= 1
         controller.step()
     kept = {(False, False, measured) for measured in (False, True)}
-    assert kinds == kept | {(True, due, measured) for due in (False, True) for measured in (False, True)}
+    frozen = {(True, due, True) for due in (False, True)}
+    if basis == "singular":
+        assert kinds == kept | frozen | {(True, due, False) for due in (False, True)}
+    else:  # a layer that loses no direction stays as it is
+        assert kinds >= kept | frozen | {(False, True, False)}
 
 
 def form_of(outcome):
