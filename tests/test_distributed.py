@@ -276,12 +276,14 @@ def train_and_count(settings, width: int, steps: int) -> list[dict]:
     return records
 
 
-def test_after_the_freeze_only_cores_are_reduced_and_bases_never_except_in_checks(two):
+@pytest.mark.parametrize("basis", ["axes", "singular"])
+def test_after_the_freeze_only_cores_are_reduced_and_bases_never_except_in_checks(two, basis):
     width, rank, steps = 160, 40, 10
     settings = {"freeze_when": "delay", "delay": 4, "update_every": 2, "init_rank": rank, "cutoff": 0.0}
+    settings |= {"sigma_basis": basis}
     results = two.run(train_and_count, settings, width, steps)
     dense, core, sketch = 4 * width**2, 4 * rank**2, 4 * width * SKETCH_COLUMNS
-    factors = 4 * (2 * width * rank + rank)  # U, Vᵀ, and Σ, which is diagonal then
+    changed = 4 * (2 * width * rank) + 3 * core  # U, Vᵀ, Σ, and both moments of Σ
     for records in results:
         for step, record in enumerate(records, start=1):
             assert record["gradient"] == 4 * (dense if step <= 4 else core)
@@ -289,9 +291,10 @@ def test_after_the_freeze_only_cores_are_reduced_and_bases_never_except_in_check
                 assert record["sent"] == record["agreed"] == 0
         assert records[1]["sent"] == 4 * sketch
         assert records[1]["tensors"] == 4
-        for step in (4, 6, 8, 10):  # factors and both moments of Σ
-            assert records[step - 1]["sent"] == 4 * (factors + 2 * core)
-            assert records[step - 1]["tensors"] == 4 * 5
+        for step in (4, 6, 8, 10):  # on axes, nothing changes where nothing is dropped
+            changes = step == 4 or basis == "singular"
+            assert records[step - 1]["sent"] == 4 * changed * changes
+            assert records[step - 1]["tensors"] == 4 * 5 * changes
         assert records[-1]["gradient"] * 16 <= records[0]["gradient"]
         assert all(record["agreed"] <= 8 * (3 + 4 * 4) for record in records)
 
