@@ -43,7 +43,7 @@ CARD_SETTINGS = (
     "sigma_basis",
 )
 
-DEFAULT_DELAY = 0.1  # of all steps; not yet the result of a measurement (docs/differences.md)
+DEFAULT_DELAY = 0.1  # of all steps; .2 was no better (docs/benchmarks.md)
 
 # How pruning is set when nothing is said about it (docs/benchmarks.md has the measurements)
 RESIDUAL_CUTOFF = 0.01

@@ -249,9 +249,9 @@ def axis_rotation(columns: Tensor) -> Tensor:
     the dense weight carry a meaning, features of a pretrained model most of all; singular directions mix them, and so the
     second moments as well.
 
-    >>> axis_rotation(torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
-    tensor([[-0.,  1.],
-            [-1., 0.]])
+    >>> columns = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    >>> bool(torch.allclose(columns @ axis_rotation(columns), torch.eye(2)))
+    True
     """
     rows = columns.square().sum(1).topk(columns.shape[1]).indices.sort().values
     q, upper = torch.linalg.qr(columns[rows].mT)
