@@ -89,23 +89,19 @@ def test_the_accelerate_loop_resumes_bit_for_bit(tmp_path):
     assert uninterrupted == resumed
 
 
-def test_residual_fine_tuning_trains_a_small_correction(tmp_path):
-    output = run("03_finetune_residual.py", "--output_dir", tmp_path, "--max_steps", 12)
+@pytest.mark.slow
+def test_residual_fine_tuning_learns_a_small_correction(tmp_path):
+    output = run("03_finetune_residual.py", "--output_dir", tmp_path)
+    before, after, chance = map(float, re.search(r"([\d.]+)% before, ([\d.]+)% after; ([\d.]+)% by", output).groups())
+    assert after > before + 10
+    # 53 to 60 % were seen; the tokenizer's own training breaks ties at random, so no two runs are equal
+    assert after > chance + 15
     share = float(re.search(r"trainable: ([\d.]+) %", output).group(1))
     assert 0 < share < 10
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any("oialr_sigma" in name for name in tensors)
     assert not any("oialr_weight" in name for name in tensors)
-
-
-@pytest.mark.slow
-def test_residual_fine_tuning_learns(tmp_path):
-    output = run("03_finetune_residual.py", "--output_dir", tmp_path)
-    before, after, chance = map(float, re.search(r"([\d.]+)% before, ([\d.]+)% after; ([\d.]+)% by", output).groups())
-    assert after > before + 10
-    # 53 to 56 % were seen; the tokenizer's own training breaks ties at random, so no two runs are equal
-    assert after > chance + 15
 
 
 def test_the_metric_beside_the_examples_counts_right_answers():
