@@ -148,8 +148,13 @@ def jobs_of(args: argparse.Namespace, methods: Collection[str]) -> list[Job]:
     """The runs that `--run` and `--seeds` ask for, seed by seed.
 
     Raises:
-        ValueError: for a method that is not in `methods`.
+        ValueError: for a method that is not in `methods`, and for a name that stands twice.
     """
+    names = [name for name, *_ in args.run]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"`--run` must have different names, but {', '.join(sorted(twice))} is there twice. Rename one."
+        )
     for name, method, _ in args.run:
         if method not in methods:
             raise ValueError(

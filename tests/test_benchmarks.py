@@ -132,6 +132,9 @@ def test_jobs_are_seed_by_seed_and_of_known_methods():
     ]
     with pytest.raises(ValueError, match="must name one of the methods dense, lora, but the method of 'b' is 'oialr'"):
         common.jobs_of(args, ("dense", "lora"))
+    args.run.append(["a", "dense", '{"lr": 0.1}'])
+    with pytest.raises(ValueError, match="must have different names, but a is there twice"):
+        common.jobs_of(args, ("dense", "oialr"))
 
 
 def test_tuning_finds_the_best_settings_and_leaves_the_others_alone():
