@@ -241,7 +241,7 @@ def layer_check_seconds(kind: str, m: int, n: int, rank: int, cluster: Cluster) 
 
 
 def sent_bytes(kind: str, m: int, n: int, run: Run) -> int:
-    """What one layer's process sends to all others: a sketch, or U, the diagonal of Σ, Vᵀ and two moments."""
+    """What one layer's process sends to all others: a sketch, or U, Σ, Vᵀ and two moments."""
     r = run.rank(m, n)
     return sketch_bytes(m, n) if kind == "dense" else run.weight_bytes * ((m + n) * r + 3 * r * r)
 

@@ -195,7 +195,7 @@ def test_on_axes_an_update_that_drops_nothing_leaves_everything_as_it_is(shrink)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     parameters = list(model.parameters())
     update = controller.step()
-    assert {ranks for ranks in update.ranks.values()} == {(3, 3)}
+    assert set(update.ranks.values()) == {(3, 3)}
     assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
     assert_close((model.state_dict(), optimizer.state_dict()["state"]), (before[0], before[1]["state"]), rtol=0, atol=0)
 
