@@ -40,8 +40,6 @@ from oialr_peft.factors import (
     bounded_rank,
     changed,
     compute_dtype,
-    count_above,
-    count_needed,
     first_not_finite,
     not_finite,
     not_finite_error,
@@ -56,6 +54,7 @@ from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, is_transp
 from oialr_peft.movement import Movement
 from oialr_peft.outcome import Outcome, exchanged
 from oialr_peft.progress import decomposition_bar, log_check
+from oialr_peft.pruning import UNKNOWN, count_to_keep, output_energies
 from oialr_peft.schedule import Schedule, rank_of, steps_of
 from oialr_peft.sharding import (
     is_sharded,
@@ -74,7 +73,6 @@ RANKS_NAME = "oialr_ranks.json"
 FORMAT_VERSION = 1  # of the state; raised when older releases could no longer read new ones
 # share of directions kept from which a warning says so; no route is faster there than the dense layer
 LITTLE_PRUNED = 0.9
-UNKNOWN = -1  # how many directions a bound needs, when the outputs are not finite
 
 
 @dataclass(frozen=True)
@@ -408,38 +406,16 @@ class OIALRController:
         return ranks
 
     def _count_to_keep(self, name: str, rotation: Rotation) -> Tensor:
-        """The directions that the cutoff keeps, or that the bound on the output loss needs if they are more."""
+        """How many directions of a layer to keep, by its recent inputs if there is a bound."""
         assert self.config.cutoff is not None  # set when the configuration is made
-        above = count_above(rotation.singular_values, self.config.cutoff)
-        if self.config.max_output_loss is None:
-            return above
-        assert self._recent is not None
-        sample = self._recent.samples.get(name)
-        if sample is None or sample.numel() == 0:
-            # nobody knows what a layer that was not called, or for an empty batch, contributes
-            return torch.full_like(above, rotation.singular_values.numel())
-        energies, total = self._output_energies(name, rotation, sample.to(rotation.q.dtype))
-        needed = torch.maximum(above, count_needed(energies, total, self.config.max_output_loss))
-        return torch.where(torch.isfinite(total), needed, UNKNOWN)
-
-    def _output_energies(self, name: str, rotation: Rotation, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean energy σᵢ² (vᵢᵀ x)² of each direction on the sample, and that of the whole layer without its bias.
-
-        Squares are float64: those of numbers above 1e19 or below 1e-23 leave the range of float32.
-        """
-        layer = self.layers[name]
-        form, sigma = layer.form, rotation.singular_values.double()
-        if self._is_dense(name):
-            narrow = form.rows(form.apply(sample, rotation.q.mT)).double()
-            energies = sigma**2 * narrow.square().mean(0)
-            return energies, energies.sum()
-        factors = Factors(*(factor.to(sample.dtype) for factor in self._factors(name)))
-        narrow = (form.rows(form.apply(sample, factors.vh)) @ rotation.q).double()
-        energies = sigma**2 * narrow.square().mean(0)
-        if not layer.residual[self.adapter_name] or self._sharded:
-            return energies, energies.sum()
-        output = layer.base_output(sample) + form.chain(sample, factors, None)
-        return energies, form.rows(output).double().square().mean(0).sum()
+        sample = None if self._recent is None else self._recent.samples.get(name)
+        measured = None
+        if sample is not None and sample.numel() > 0:
+            layer, factors = self.layers[name], None if self._is_dense(name) else self._factors(name)
+            # the base weights of sharded layers are on other processes
+            with_base = layer.residual[self.adapter_name] and not self._sharded
+            measured = output_energies(layer, rotation, factors, sample, with_base=with_base)
+        return count_to_keep(rotation, self.config.cutoff, self.config.max_output_loss, measured)
 
     def _changed(
         self, name: str, rotation: Rotation, stability: float | None, due: bool, broken: bool, slots: OptimizerSlots
