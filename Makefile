@@ -41,11 +41,11 @@ docs: $(STAMP)  ## build the documentation site in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test-fast: $(STAMP)  ## tests of at most a few seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)  ## the long tests: PEFT's own suite, the examples in full
 	$(BIN)/python tests/fetch_peft_tests.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 test-lowest:  ## the fast tests with the oldest supported transformers, peft and accelerate
 	$(PYTHON) -m venv $(LOWEST)
@@ -53,7 +53,7 @@ test-lowest:  ## the fast tests with the oldest supported transformers, peft and
 	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt -e ".[dev]"
 	$(LOWEST)/bin/pip freeze | grep -E "^(transformers|peft|accelerate)=="
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
 
 mutation: $(STAMP)  ## change the engine in a thousand places, and list the changes that no test notices; hours
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run
