@@ -9,11 +9,13 @@ Options and columns are those of pretraining.py. The JSON of a run may also hold
                and the step count are lost), or "slice" (the first rows and columns are kept, not rotated)
 "sigma_decay"  false: no weight decay on Σ; dense weights keep theirs
 "optimizer"    "muon": `torch.optim.Muon` for the weights of the target layers and their Σ, AdamW for everything else
+"sigma_lr"     "spectral": as `"norm"`, but a step of random signs keeps its spectral norm instead of its Frobenius norm
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from typing import Any
 from unittest import mock
@@ -24,7 +26,7 @@ from pretraining import AfterStep, adamw, compare, described, train
 from torch import Size, Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from oialr_peft import controller
+from oialr_peft import controller, learning_rate
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.moments import is_moment, transport_state
 
@@ -43,6 +45,14 @@ def sliced(state: Mapping[str, Any], shape: Size, p: Tensor, q: Tensor) -> Found
 
 
 MOMENTS = {"transport": transport_state, "reset": reset, "slice": sliced}
+
+
+def spectral_scale(m: int, n: int, r: int) -> float:
+    """(√m + √n) / (2 √r): an (m, n) matrix of random signs has a spectral norm close to √m + √n."""
+    return (math.sqrt(m) + math.sqrt(n)) / (2 * math.sqrt(r))
+
+
+SIGMA_LR = {"norm": learning_rate.norm_scale, "spectral": spectral_scale}
 
 
 def target_layers(model: nn.Module) -> list[OIALRLinear]:
@@ -97,8 +107,12 @@ def one(job: Job) -> dict[str, Any]:
     settings = dict(settings)
     transport = MOMENTS[settings.pop("moments", "transport")]
     decays, optimizer = settings.pop("sigma_decay", True), settings.pop("optimizer", "adamw")
+    scale = SIGMA_LR[settings.pop("sigma_lr", "norm")]
     optimizer_of = muon if optimizer == "muon" else adamw if decays else without_sigma_decay
-    with mock.patch.object(controller, "transport_state", transport):
+    with (
+        mock.patch.object(controller, "transport_state", transport),
+        mock.patch.object(learning_rate, "norm_scale", scale),
+    ):
         return {**described(job), **train(method, settings, seed, args, optimizer_of)}
 
 
