@@ -4,8 +4,9 @@ r"""Text classification with a pretrained encoder: full fine-tuning, PEFT's meth
         --run full full '{}' --run lora lora '{"r": 16}' --run oialr oialr '{"max_output_loss": 0.001}'
 
 Each `--run` is a name, a method (`full`, `oialr`, or a method of PEFT by its name) and the settings of its configuration as
-JSON; "lr" among them is the learning rate. The files are tab-separated, three header rows, label and text. The head trains in
-every run. Printed are means and standard deviations over seeds:
+JSON; "lr" among them is the learning rate. The files are tab-separated, three header rows, label and text. The head, new and dense,
+trains in every run, with the learning rate `--head-lr`: what is best for an adapter or a pretrained weight is too little for it.
+Printed are means and standard deviations over seeds:
 
 accuracy      on the test file (the first `--evaluated` rows of a fixed shuffle)
 trainable     percent of the dense model's parameters that train after the last step, head included
@@ -79,6 +80,16 @@ def accuracy(model: nn.Module, tokens: dict[str, Tensor], labels: Tensor) -> flo
     return correct / len(labels)
 
 
+def groups_of(model: nn.Module, head_lr: float | None) -> list[dict[str, Any]]:
+    """The trained parameters: all but the head, and the head with its learning rate if it has one."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if head_lr is None:
+        return [{"params": [p for _, p in trained]}]
+    head = [p for name, p in trained if "classifier" in name.split(".")]
+    others = [p for name, p in trained if "classifier" not in name.split(".")]
+    return [{"params": others}, {"params": head, "lr": head_lr}]
+
+
 def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One run, and what is reported of it."""
     torch.set_num_threads(args.threads or 1)
@@ -89,7 +100,7 @@ def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Names
     base = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(task.labels))
     dense = sum(p.numel() for p in base.parameters())
     model = adapted(base, method, settings, TaskType.SEQ_CLS, args.steps).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups_of(model, args.head_lr), lr, weight_decay=0.01)
     scheduler = get_linear_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     controller = OIALRController(model, optimizer, total_steps=args.steps) if method == "oialr" else None
     generator = torch.Generator().manual_seed(seed)
@@ -147,6 +158,7 @@ def one(job: tuple[str, str, dict[str, Any], int, argparse.Namespace]) -> dict[s
         "seed": seed,
         "steps": args.steps,
         "data": Path(args.train).name,
+        "head_lr": args.head_lr,
     }
     return {"run": name, **described, **train(method, settings, seed, args)}
 
@@ -161,6 +173,7 @@ def main() -> None:
     options.add_argument("--length", type=int, default=64)
     options.add_argument("--evaluated", type=int, default=1000)
     options.add_argument("--lr", type=float, default=1e-4)
+    options.add_argument("--head-lr", type=float, help="(default: that of the run)")
     training_options(options)
     args = options.parse_args()
     start(args)

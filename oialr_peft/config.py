@@ -50,6 +50,8 @@ RESIDUAL_CUTOFF = 0.01
 BOUND_CUTOFF = 0.9  # beside a bound, which then decides
 PRETRAINING_OUTPUT_LOSS = 3e-3  # weights in training make up for what is removed
 FINETUNING_OUTPUT_LOSS = 1e-4  # 1.3 % more loss when all layers of Gemma-3 270M are truncated at once
+RANK_DROP = 0.5
+BOUND_RANK_DROP = 0.1  # while a rank falls slowly, training moves what is worth keeping into the directions that stay
 
 
 class SavedAdapter(NamedTuple):
@@ -96,7 +98,8 @@ class OIALRConfig(PeftConfig):
         max_output_loss: largest share of a layer's output energy on recent inputs, in [0, 1), that one Σ update may
             remove. `None` means no bound where `cutoff` is given, the paper's rule alone. When neither is given, it
             means 0.003 with `pretraining`, no bound with `residual`, and otherwise 0.0001.
-        max_rank_drop: largest share of a rank lost in one update, in (0, 1].
+        max_rank_drop: largest share of a rank lost in one update, in (0, 1]. `None` means 0.1 with a bound `max_output_loss`,
+            otherwise 0.5.
         sigma_lr_scale: learning rate of Σ (r, r) over that of its parameter group, > 0; `"norm"` is √(m n) / r, with which
             an update of a factored weight is as long as that of the dense one, for optimizers that scale every entry on
             its own (Adam and its relatives), and 1 for SGD and Muon.
@@ -182,7 +185,9 @@ class OIALRConfig(PeftConfig):
             "cutoff or if residual, else 0.003 if pretraining, 0.0001 if not."
         },
     )
-    max_rank_drop: float = field(default=0.5, metadata={"help": "Largest share of a rank lost in one update."})
+    max_rank_drop: float | None = field(
+        default=None, metadata={"help": "Largest share of a rank lost in one update; None: 0.1 with a bound, else 0.5."}
+    )
     min_rank: int | float = field(default=0.01, metadata={"help": "Floor of the rank: count, or fraction of k."})
     sigma_lr_scale: float | str = field(
         default="norm", metadata={"help": 'Learning rate of Σ over that of its group, or "norm": √(m n) / r.'}
@@ -308,6 +313,8 @@ class OIALRConfig(PeftConfig):
             self.max_output_loss = PRETRAINING_OUTPUT_LOSS if self.pretraining else FINETUNING_OUTPUT_LOSS
         if self.cutoff is None:
             self.cutoff = RESIDUAL_CUTOFF if self.max_output_loss is None else BOUND_CUTOFF
+        if self.max_rank_drop is None:
+            self.max_rank_drop = RANK_DROP if self.max_output_loss is None else BOUND_RANK_DROP
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -399,9 +406,9 @@ class OIALRConfig(PeftConfig):
                 f"`layers_per_update` must be a number in (0, 1], but is {self.layers_per_update!r}. 1 updates every "
                 "layer at once, the paper's 0.1 adds a tenth of them per update."
             )
-        if not is_number(self.max_rank_drop) or not 0 < self.max_rank_drop <= 1:
+        if self.max_rank_drop is not None and not (is_number(self.max_rank_drop) and 0 < self.max_rank_drop <= 1):
             raise ValueError(
-                f"`max_rank_drop` must be a number in (0, 1], but is {self.max_rank_drop!r}. 0.5 at most halves a "
+                f"`max_rank_drop` must be a number in (0, 1] or None, but is {self.max_rank_drop!r}. 0.5 at most halves a "
                 "rank per update; set `cutoff=0` to drop nothing."
             )
         scale = self.sigma_lr_scale

@@ -384,6 +384,7 @@ class OIALRController:
 
     def _ranks_after(self, rotations: dict[str, Rotation], due: set[str]) -> dict[str, int]:
         """Ranks to keep; those of layers that are not due stay as they are."""
+        assert self.config.max_rank_drop is not None  # set when the configuration is made
         ranks = {name: rotation.singular_values.numel() for name, rotation in rotations.items()}
         counted = {name: self._count_to_keep(name, rotation) for name, rotation in rotations.items() if name in due}
         if not counted:

@@ -37,7 +37,7 @@ BAD_VALUES = {
     "layers_per_update": [0, 0.0, 1.1, math.nan, None, "1", True],
     "max_output_loss": [-0.1, 1, 1.0, math.nan, "0.1", True],
     "sigma_lr_scale": [0, -1.0, math.inf, math.nan, None, "spectral", True],
-    "max_rank_drop": [0, 0.0, 1.1, -0.5, math.nan, None, "0.5", True],
+    "max_rank_drop": [0, 0.0, 1.1, -0.5, math.nan, "0.5", True],
     "min_rank": [0, -1, 1.0, 0.0, math.nan, None, "1", True],
     "stability_storage": ["disk", None, 1, True],
     "shrink": ["cut", None, 1, True],
@@ -64,23 +64,27 @@ def test_the_basis_of_sigma_follows_from_what_is_trained(fields, basis):
 
 
 @pytest.mark.parametrize(
-    ("fields", "cutoff", "max_output_loss"),
+    ("fields", "cutoff", "max_output_loss", "max_rank_drop"),
     [
-        ({}, 0.9, 1e-4),
-        ({"pretraining": True}, 0.9, 3e-3),
-        ({"residual": True}, 0.01, None),
-        ({"cutoff": 0.1}, 0.1, None),
-        ({"cutoff": 0.1, "residual": True}, 0.1, None),
-        ({"max_output_loss": 0.5}, 0.9, 0.5),
-        ({"max_output_loss": 0.5, "residual": True}, 0.9, 0.5),
-        ({"cutoff": 0.2, "max_output_loss": 0.5}, 0.2, 0.5),
+        ({}, 0.9, 1e-4, 0.1),
+        ({"pretraining": True}, 0.9, 3e-3, 0.1),
+        ({"residual": True}, 0.01, None, 0.5),
+        ({"cutoff": 0.1}, 0.1, None, 0.5),
+        ({"cutoff": 0.1, "residual": True}, 0.1, None, 0.5),
+        ({"max_output_loss": 0.5}, 0.9, 0.5, 0.1),
+        ({"max_output_loss": 0.5, "residual": True}, 0.9, 0.5, 0.1),
+        ({"cutoff": 0.2, "max_output_loss": 0.5}, 0.2, 0.5, 0.1),
+        ({"max_output_loss": 0.5, "max_rank_drop": 0.7}, 0.9, 0.5, 0.7),
+        ({"cutoff": 0.1, "max_rank_drop": 0.05}, 0.1, None, 0.05),
     ],
 )
-def test_the_rule_that_is_named_prunes_and_a_measured_one_where_none_is(fields, cutoff, max_output_loss):
+def test_the_rule_that_is_named_prunes_and_a_measured_one_where_none_is(fields, cutoff, max_output_loss, max_rank_drop):
+    expected = {"cutoff": cutoff, "max_output_loss": max_output_loss, "max_rank_drop": max_rank_drop}
     config = OIALRConfig(**fields)
-    assert (config.cutoff, config.max_output_loss) == (cutoff, max_output_loss)
-    again = OIALRConfig(**{**fields, "cutoff": config.cutoff, "max_output_loss": config.max_output_loss})
-    assert (again.cutoff, again.max_output_loss) == (cutoff, max_output_loss)
+    found = {name: getattr(config, name) for name in expected}
+    assert found == expected
+    again = OIALRConfig(**{**fields, **found})
+    assert {name: getattr(again, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,22 @@ RULES = {
     "factored at creation": {"freeze_when": "delay", "delay": 0, "cutoff": 0.2, "init_rank": 3},
     "harsh cutoff": {"freeze_when": "delay", "delay": 10, "cutoff": 0.9, "max_rank_drop": 0.3, "min_rank": 2},
     "residual": {"residual": True, "delay": 0, "cutoff": 0.2, "init_rank": 3},
-    "bounded loss": {"freeze_when": "delay", "delay": 10, "cutoff": 0.6, "max_output_loss": 0.02},
+    "bounded loss": {
+        "freeze_when": "delay",
+        "delay": 10,
+        "cutoff": 0.6,
+        "max_output_loss": 0.02,
+        "max_rank_drop": 0.5,
+    },
     "own learning rate": {"freeze_when": "delay", "delay": 10, "cutoff": 0.2, "sigma_lr_scale": 0.7},
-    "bounded loss, residual": {"residual": True, "delay": 0, "cutoff": 0.6, "init_rank": 4, "max_output_loss": 0.005},
+    "bounded loss, residual": {
+        "residual": True,
+        "delay": 0,
+        "cutoff": 0.6,
+        "init_rank": 4,
+        "max_output_loss": 0.005,
+        "max_rank_drop": 0.5,
+    },
 }
 
 
