@@ -43,7 +43,9 @@ CARD_SETTINGS = (
     "sigma_basis",
 )
 
-DEFAULT_DELAY = 0.1  # of all steps; .2 was no better (docs/benchmarks.md)
+# Dense phase, as a share of all steps (docs/benchmarks.md has the measurements)
+PRETRAINING_DELAY = 0.1  # .2 was no better
+FINETUNING_DELAY = 0.5  # little is pruned, so an early freeze gains no time, but costs accuracy
 
 # How pruning is set when nothing is said about it (docs/benchmarks.md has the measurements)
 RESIDUAL_CUTOFF = 0.01
@@ -88,7 +90,7 @@ class OIALRConfig(PeftConfig):
             basis is expected to move at most `settle_ratio` times as far as it has moved, whatever the length of the run;
             `"delay"` factors all layers at `delay`, as the paper does.
         delay: step before which no layer is factored; 0 with `freeze_when="delay"` factors when the adapter is made.
-            `None` means 0 with `residual`, otherwise 0.1.
+            `None` means 0 with `residual`, 0.1 with `pretraining`, otherwise 0.5.
         stability_threshold: Stability, in (0, 1], from which a layer counts as stable.
         settle_ratio: expected over past movement of a basis, > 0, up to which a layer counts as settled.
         update_every: ν, steps between two checks.
@@ -162,7 +164,8 @@ class OIALRConfig(PeftConfig):
         metadata={"help": '"stable" or "settled": per layer, by its basis; "delay": all layers at `delay`.'},
     )
     delay: int | float | None = field(
-        default=None, metadata={"help": "Step before which no layer is factored; None: 0 if residual, else 0.1."}
+        default=None,
+        metadata={"help": "Step before which no layer is factored; None: 0 if residual, 0.1 if pretraining, else 0.5."},
     )
     stability_threshold: float = field(
         default=0.9, metadata={"help": "Stability, in (0, 1], from which a layer counts as stable."}
@@ -222,7 +225,7 @@ class OIALRConfig(PeftConfig):
         self._use_collections_that_files_have()
         self._check_method()
         if self.delay is None:
-            self.delay = 0 if self.residual else DEFAULT_DELAY
+            self.delay = 0 if self.residual else PRETRAINING_DELAY if self.pretraining else FINETUNING_DELAY
         if self.sigma_basis is None:  # adapters that were saved without one know no other than the singular
             replaces = not (self.pretraining or self.residual or self.is_from_checkpoint)
             self.sigma_basis = "axes" if replaces else "singular"

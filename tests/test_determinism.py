@@ -29,7 +29,7 @@ from oialr_peft.report.run import run_report
 RUNS = {
     "stable": (STABLE, {}),
     "half precision": (STABLE, {"dtype": torch.bfloat16}),
-    "bounded": ({**STABLE, "max_output_loss": 0.01}, {"dtype": torch.float32}),
+    "bounded": ({**STABLE, "max_output_loss": 0.01, "max_rank_drop": 0.5}, {"dtype": torch.float32}),
     "masked, sketched": (
         {**STABLE, "shrink": "mask", "stability_storage": "sketch"},
         {"dtype": torch.float32, "accumulate": 2},
@@ -122,7 +122,7 @@ def tower() -> nn.Module:
 MODES = {
     "stable": {"freeze_when": "stable", "delay": 4, "stability_threshold": 0.5},
     "settled": {"freeze_when": "settled", "delay": 4, "settle_ratio": 5.0},
-    "bounded": {"freeze_when": "delay", "delay": 4, "max_output_loss": 0.1},
+    "bounded": {"freeze_when": "delay", "delay": 4, "max_output_loss": 0.1, "max_rank_drop": 0.5},
     "factored": {"freeze_when": "delay", "delay": 0, "init_rank": 6},
     "masked": {"freeze_when": "delay", "delay": 4, "shrink": "mask"},
     "residual": {"residual": True, "init_rank": 6},

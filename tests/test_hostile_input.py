@@ -347,7 +347,7 @@ MODES: dict[str, dict[str, object]] = {
     "masked": {"freeze_when": "delay", "delay": 0, "update_every": 1, "shrink": "mask"},
     "residual": {"residual": True, "update_every": 1},
     "pretraining": {"pretraining": True, "freeze_when": "delay", "delay": 1, "update_every": 1},
-    "bounded": {"freeze_when": "delay", "delay": 1, "update_every": 1, "max_output_loss": 0.5},
+    "bounded": {"freeze_when": "delay", "delay": 1, "update_every": 1, "max_output_loss": 0.5, "max_rank_drop": 0.5},
 }
 
 

@@ -36,7 +36,7 @@ MODES = {
     "physical": {"freeze_when": "delay", "delay": 2},
     "mask": {"freeze_when": "delay", "delay": 2, "shrink": "mask"},
     "residual": {"residual": True, "init_rank": 12},
-    "bounded": {"freeze_when": "delay", "delay": 2, "max_output_loss": 0.05},
+    "bounded": {"freeze_when": "delay", "delay": 2, "max_output_loss": 0.05, "max_rank_drop": 0.5},
 }
 
 

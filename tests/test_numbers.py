@@ -261,7 +261,7 @@ def test_a_gradient_whose_square_overflows_does_not_stop_the_rest_of_its_layer(p
 @pytest.mark.parametrize("phase", ["freeze", "factored"])
 @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
 def test_inputs_that_are_not_finite_let_a_layer_keep_its_rank(phase, value):
-    run = Run(phase, cutoff=0.9, max_output_loss=0.5)
+    run = Run(phase, cutoff=0.9, max_output_loss=0.5, max_rank_drop=0.5)
     run.optimize()
     sample = run.controller._recent.samples["2"]
     sample[0, 0] = value
@@ -275,7 +275,7 @@ def test_inputs_that_are_not_finite_let_a_layer_keep_its_rank(phase, value):
 
 @pytest.mark.parametrize("phase", ["freeze", "factored", "residual"])
 def test_an_empty_batch_before_a_check_lets_every_layer_keep_its_rank(phase):
-    run = Run(phase, cutoff=0.9, max_output_loss=0.5)
+    run = Run(phase, cutoff=0.9, max_output_loss=0.5, max_rank_drop=0.5)
     run.x, run.y = run.x[:0], run.y[:0]
     run.model(run.x).sum().backward()
     run.optimizer.step()

@@ -77,7 +77,7 @@ def alone() -> Iterator[None]:
     [
         {},
         {"shrink": "mask", "layers_per_update": 0.4},
-        {"max_output_loss": 0.01},
+        {"max_output_loss": 0.01, "max_rank_drop": 0.5},
         {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5},
     ],
     ids=str,
