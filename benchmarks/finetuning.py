@@ -80,14 +80,14 @@ def accuracy(model: nn.Module, tokens: dict[str, Tensor], labels: Tensor) -> flo
     return correct / len(labels)
 
 
-def groups_of(model: nn.Module, head_lr: float | None) -> list[dict[str, Any]]:
-    """The trained parameters: all but the head, and the head with its learning rate if it has one."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if head_lr is None:
-        return [{"params": [p for _, p in trained]}]
-    head = [p for name, p in trained if "classifier" in name.split(".")]
-    others = [p for name, p in trained if "classifier" not in name.split(".")]
-    return [{"params": others}, {"params": head, "lr": head_lr}]
+def groups_of(model: nn.Module, lr: float, head_lr: float) -> list[dict[str, Any]]:
+    """The trained parameters, each part with its learning rate: all but the head, and the head."""
+    body: dict[str, Any] = {"params": [], "lr": lr}
+    head: dict[str, Any] = {"params": [], "lr": head_lr}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head if "classifier" in name.split(".") else body)["params"].append(parameter)
+    return [body, head]
 
 
 def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Names
     base = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(task.labels))
     dense = sum(p.numel() for p in base.parameters())
     model = adapted(base, method, settings, TaskType.SEQ_CLS, args.steps).train()
-    optimizer = torch.optim.AdamW(groups_of(model, args.head_lr), lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups_of(model, lr, lr if args.head_lr is None else args.head_lr), weight_decay=0.01)
     scheduler = get_linear_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     controller = OIALRController(model, optimizer, total_steps=args.steps) if method == "oialr" else None
     generator = torch.Generator().manual_seed(seed)

@@ -416,7 +416,7 @@ class OIALRController:
             # the base weights of sharded layers are on other processes
             with_base = layer.residual[self.adapter_name] and not self._sharded
             measured = output_energies(layer, rotation, factors, sample, with_base=with_base)
-        return count_to_keep(rotation, self.config.cutoff, self.config.max_output_loss, measured)
+        return count_to_keep(rotation.singular_values, self.config.cutoff, self.config.max_output_loss, measured)
 
     def _changed(
         self, name: str, rotation: Rotation, stability: float | None, due: bool, broken: bool, slots: OptimizerSlots

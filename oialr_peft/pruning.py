@@ -12,25 +12,25 @@ UNKNOWN = -1  # how many directions a bound needs, when the outputs are not fini
 
 
 def count_to_keep(
-    rotation: Rotation, cutoff: float, largest_loss: float | None, measured: tuple[Tensor, Tensor] | None
+    singular_values: Tensor, cutoff: float, largest_loss: float | None, measured: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """The directions that the cutoff keeps, or that the bound on the output loss needs if they are more.
 
     Args:
-        rotation: SVD of the weight or of the core, r directions.
+        singular_values: (r,), descending, of the weight or of the core.
         cutoff: β in [0, 1).
         largest_loss: bound, a share of the output energy in [0, 1); `None` for the cutoff alone.
         measured: `output_energies`; `None` when there was no input to measure them on.
 
     Returns:
-        An integer scalar on the device of the rotation, `UNKNOWN` when the outputs are not finite.
+        An integer scalar on their device, `UNKNOWN` when the outputs are not finite.
     """
-    above = count_above(rotation.singular_values, cutoff)
+    above = count_above(singular_values, cutoff)
     if largest_loss is None:
         return above
     if measured is None:
         # nobody knows what a layer that was not called, or for an empty batch, contributes
-        return torch.full_like(above, rotation.singular_values.numel())
+        return torch.full_like(above, singular_values.numel())
     energies, total = measured
     needed = torch.maximum(above, count_needed(energies, total, largest_loss))
     return torch.where(torch.isfinite(total), needed, UNKNOWN)

@@ -551,10 +551,20 @@ def test_finetuning_has_a_row_for_every_method(tmp_path):
     }  # fmt: skip
     runs = [part for name, settings in methods.items() for part in ("--run", name, name, settings)]
     files = ("--model", tmp_path, "--train", tmp_path / "train.tab", "--test", tmp_path / "test.tab")
-    (found,) = tables(run("finetuning.py", *files, "--steps", 6, "--seeds", 0, "--length", 8, *runs))
+    sizes = ("--steps", 6, "--seeds", 0, "--length", 8, "--head-lr", 0.01)
+    (found,) = tables(run("finetuning.py", *files, *sizes, *runs))
     assert [row["run"] for row in found] == list(methods)
     for row in found:
         numbers(row, "accuracy", "trainable %", "jump", "s/step", "checkpoint, MB")
+
+
+def test_the_head_has_its_own_learning_rate_and_everything_trains_once():
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 2), "classifier": nn.Linear(2, 2)})
+    model["encoder"].bias.requires_grad = False
+    body, head = load("finetuning.py").groups_of(model, 1e-4, 1e-2)
+    assert (body["lr"], head["lr"]) == (1e-4, 1e-2)
+    assert [id(p) for p in body["params"]] == [id(model["encoder"].weight)]
+    assert [id(p) for p in head["params"]] == [id(p) for p in model["classifier"].parameters()]
 
 
 @pytest.mark.slow
@@ -567,6 +577,7 @@ def test_ablation_takes_parts_of_the_engine_away(tmp_path, pictures):
         "slice": {"moments": "slice"},
         "no decay": {"sigma_decay": False},
         "muon": {"optimizer": "muon"},
+        "spectral": {"sigma_lr": "spectral"},
     }
     runs = [part for name, what in taken.items() for part in ("--run", name, "oialr", json.dumps(ours | what))]
     dense = ("--run", "dense", "dense", "{}", "--run", "dense muon", "dense", '{"optimizer": "muon"}')
@@ -578,7 +589,16 @@ def test_ablation_takes_parts_of_the_engine_away(tmp_path, pictures):
     assert [row["run"] for row in rows] == [*taken, "dense", "dense muon"]
     kept = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert kept[1]["settings"]["moments"] == "reset"
-    assert all(each["frozen_at"] for each in kept[:5])
+    assert all(each["frozen_at"] for each in kept[: len(taken)])
+
+
+def test_the_spectral_scale_keeps_the_norm_of_a_step_of_random_signs():
+    scale = load("ablation.py").spectral_scale
+    assert scale(64, 64, 64) == 1
+    torch.manual_seed(0)
+    dense, core = (torch.randint(2, shape).mul(2.0).sub(1) for shape in ((256, 1024), (128, 128)))
+    steps = torch.linalg.matrix_norm(dense, 2) / torch.linalg.matrix_norm(core, 2)
+    assert scale(256, 1024, 128) == pytest.approx(float(steps), rel=0.05)
 
 
 def test_what_ablations_do_to_moments():
