@@ -116,5 +116,9 @@ def one(job: Job) -> dict[str, Any]:
         return {**described(job), **train(method, settings, seed, args, optimizer_of)}
 
 
-if __name__ == "__main__":
+def main() -> None:
     compare(__doc__, one)
+
+
+if __name__ == "__main__":
+    main()

@@ -188,8 +188,7 @@ def tuned(
         for _ in range(args.trials):
             trial = study.ask()
             tried = {key: _suggested(trial, key, value) for key, value in settings.items()}
-            result = run((f"{name}, trial {trial.number}", method, tried, TUNING_SEED, args))
-            _keep(result, args)
+            result = _kept(run((f"{name}, trial {trial.number}", method, tried, TUNING_SEED, args)), args)
             study.tell(trial, result[objective])
         best[name] = {key: study.best_params.get(key, value) for key, value in settings.items()}
     return [(name, method, best[name], seed, args) for name, method, _, seed, args in jobs]
@@ -308,23 +307,20 @@ def trained(
     run: Callable[[Any], dict[str, Any]], jobs: Sequence[Any], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """The result of each job, printed and added to `--output` as a line of JSON as soon as it is there."""
-    found = []
-    pool = multiprocessing.get_context("spawn").Pool(args.jobs)
-    for result in pool.imap(run, jobs):
-        found.append(result)
-        _keep(result, args)
-    pool.close()
-    pool.join()
-    return found
+    if args.jobs == 1:
+        return [_kept(result, args) for result in map(run, jobs)]
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        return [_kept(result, args) for result in pool.imap(run, jobs)]
 
 
-def _keep(result: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print a result, and add it to `--output`."""
+def _kept(result: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The result, printed and added to `--output`."""
     line = json.dumps(result)
     print(line, flush=True)
     if args.output:
         with Path(args.output).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+    return result
 
 
 def print_spreads(

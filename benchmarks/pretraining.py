@@ -183,5 +183,9 @@ def compare(description: str | None, one: Callable[[Job], dict[str, Any]]) -> No
     print_spreads(trained(one, jobs, args), [name for name, *_ in args.run], columns)
 
 
-if __name__ == "__main__":
+def main() -> None:
     compare(__doc__, one)
+
+
+if __name__ == "__main__":
+    main()

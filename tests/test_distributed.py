@@ -669,10 +669,15 @@ def test_the_trainer_on_two_processes_equals_itself_on_one(two, tmp_path):
     assert len(ours["logged"]) == len(alone["logged"]) == 6
 
 
-def test_a_run_on_two_processes_resumes_exactly(two, tmp_path):
-    whole = two.run(run_trainer, tmp_path / "whole")
-    two.run(partial(run_trainer, tmp_path / "parts", stop=7))
-    resumed = two.run(partial(run_trainer, tmp_path / "parts", resume=True))
+@pytest.fixture(scope="module")
+def whole(two, tmp_path_factory) -> list[dict]:
+    """What both processes of an uninterrupted run end with."""
+    return two.run(run_trainer, tmp_path_factory.mktemp("whole"))
+
+
+def test_a_run_on_two_processes_resumes_exactly(two, whole, tmp_path):
+    two.run(partial(run_trainer, tmp_path, stop=7))
+    resumed = two.run(partial(run_trainer, tmp_path, resume=True))
     for a, b in zip(whole, resumed, strict=True):
         assert a["state"] == b["state"]
         assert a["history"] == b["history"]
@@ -705,8 +710,7 @@ MOMENTS_OF_A_SAVE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "process"), MOMENTS_OF_A_SAVE)
-def test_a_process_killed_in_a_save_leaves_a_checkpoint_that_resumes_exactly(two, tmp_path, method, process):
-    whole = two.run(run_trainer, tmp_path / "whole")
+def test_a_process_killed_in_a_save_leaves_a_checkpoint_that_resumes_exactly(two, whole, tmp_path, method, process):
     mortal = ProcessPool(2, timeout=5)
     outcomes = mortal.outcomes(partial(run_trainer, tmp_path / "killed", kill=(method, 3, process)))
     assert outcomes[process].kind == "Exit"
@@ -729,8 +733,7 @@ def kill_in_check(directory) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_killed_in_a_check_leaves_a_checkpoint_that_resumes_exactly(two, tmp_path):
-    whole = two.run(run_trainer, tmp_path / "whole")
+def test_a_process_killed_in_a_check_leaves_a_checkpoint_that_resumes_exactly(two, whole, tmp_path):
     mortal = ProcessPool(2, timeout=5)
     other, killed = mortal.outcomes(kill_in_check, tmp_path / "killed")
     assert killed.kind == "Exit"

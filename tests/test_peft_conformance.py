@@ -66,7 +66,8 @@ def _run(suite: Suite, report: Path) -> list[Result]:
     """Run the suite in a process of its own, because it changes PEFT's test modules and needs other settings."""
     peft = _fetched()
     command = [sys.executable, "-m", "pytest", str(peft / "tests" / suite.file), "-c", str(peft / "pytest.ini")]
-    command += ["-q", "--tb=short", "-p", "peft_conformance.plugin", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    plugins = ("peft_conformance.plugin", "no:cacheprovider", "no:hypothesispytest")
+    command += ["-q", "--tb=short", f"--junitxml={report}", *(part for name in plugins for part in ("-p", name))]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
