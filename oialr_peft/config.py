@@ -45,13 +45,13 @@ CARD_SETTINGS = (
 
 # Dense phase, as a share of all steps (docs/benchmarks.md has the measurements)
 PRETRAINING_DELAY = 0.1  # .2 was no better
-FINETUNING_DELAY = 0.5  # little is pruned, so an early freeze gains no time, but costs accuracy
+FINETUNING_DELAY = 0.7  # little is pruned, so an early freeze gains no time, but costs accuracy
 
 # How pruning is set when nothing is said about it (docs/benchmarks.md has the measurements)
 RESIDUAL_CUTOFF = 0.01
 BOUND_CUTOFF = 0.9  # beside a bound, which then decides
 PRETRAINING_OUTPUT_LOSS = 3e-3  # weights in training make up for what is removed
-FINETUNING_OUTPUT_LOSS = 1e-4  # 1.3 % more loss when all layers of Gemma-3 270M are truncated at once
+FINETUNING_OUTPUT_LOSS = 5e-5  # twice that: 1.3 % more loss when all layers of Gemma-3 270M are truncated at once
 RANK_DROP = 0.5
 BOUND_RANK_DROP = 0.1  # while a rank falls slowly, training moves what is worth keeping into the directions that stay
 
@@ -90,7 +90,7 @@ class OIALRConfig(PeftConfig):
             basis is expected to move at most `settle_ratio` times as far as it has moved, whatever the length of the run;
             `"delay"` factors all layers at `delay`, as the paper does.
         delay: step before which no layer is factored; 0 with `freeze_when="delay"` factors when the adapter is made.
-            `None` means 0 with `residual`, 0.1 with `pretraining`, otherwise 0.5.
+            `None` means 0 with `residual`, 0.1 with `pretraining`, otherwise 0.7.
         stability_threshold: Stability, in (0, 1], from which a layer counts as stable.
         settle_ratio: expected over past movement of a basis, > 0, up to which a layer counts as settled.
         update_every: ν, steps between two checks.
@@ -99,7 +99,7 @@ class OIALRConfig(PeftConfig):
         layers_per_update: α in (0, 1]: share of the layers added at each Σ update, from the last one back; 1 = all.
         max_output_loss: largest share of a layer's output energy on recent inputs, in [0, 1), that one Σ update may
             remove. `None` means no bound where `cutoff` is given, the paper's rule alone. When neither is given, it
-            means 0.003 with `pretraining`, no bound with `residual`, and otherwise 0.0001.
+            means 0.003 with `pretraining`, no bound with `residual`, and otherwise 0.00005.
         max_rank_drop: largest share of a rank lost in one update, in (0, 1]. `None` means 0.1 with a bound `max_output_loss`,
             otherwise 0.5.
         sigma_lr_scale: learning rate of Σ (r, r) over that of its parameter group, > 0; `"norm"` is √(m n) / r, with which
@@ -165,7 +165,7 @@ class OIALRConfig(PeftConfig):
     )
     delay: int | float | None = field(
         default=None,
-        metadata={"help": "Step before which no layer is factored; None: 0 if residual, 0.1 if pretraining, else 0.5."},
+        metadata={"help": "Step before which no layer is factored; None: 0 if residual, 0.1 if pretraining, else 0.7."},
     )
     stability_threshold: float = field(
         default=0.9, metadata={"help": "Stability, in (0, 1], from which a layer counts as stable."}
@@ -185,7 +185,7 @@ class OIALRConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Largest share of a layer's output energy that one update may remove; None: no bound beside a "
-            "cutoff or if residual, else 0.003 if pretraining, 0.0001 if not."
+            "cutoff or if residual, else 0.003 if pretraining, 0.00005 if not."
         },
     )
     max_rank_drop: float | None = field(
