@@ -159,6 +159,7 @@ def one(job: tuple[str, str, dict[str, Any], int, argparse.Namespace]) -> dict[s
         "steps": args.steps,
         "data": Path(args.train).name,
         "head_lr": args.head_lr,
+        "evaluated": args.evaluated,
     }
     return {"run": name, **described, **train(method, settings, seed, args)}
 

@@ -22,6 +22,7 @@ FreezeWhen = Literal["stable", "settled", "delay"]
 StabilityStorage = Literal["full", "sketch", "bf16", "cpu"]
 Shrink = Literal["physical", "mask"]
 SigmaBasis = Literal["axes", "singular"]
+InitBasis = Literal["weight", "gradient"]
 Bias = Literal["none", "all", "oialr_only"]
 
 # what a model card shows of the settings
@@ -29,6 +30,7 @@ CARD_SETTINGS = (
     "residual",
     "pretraining",
     "init_rank",
+    "init_basis",
     "freeze_when",
     "delay",
     "stability_threshold",
@@ -86,6 +88,9 @@ class OIALRConfig(PeftConfig):
         pretraining: train from scratch: everything that is not targeted trains and is saved as well, and the base copies
             of the target weights are released.
         init_rank: rank kept when a layer is factored; `None` keeps all k directions.
+        init_basis: with `residual`, whose leading singular vectors U and V are: those of the `"weight"`, or of its
+            `"gradient"` in the first optimizer step, which then leaves the layers as they were. A basis of the gradient
+            wants a learning rate as small as full fine-tuning does.
         freeze_when: `"stable"` factors each layer once its Stability reaches `stability_threshold`; `"settled"` once its
             basis is expected to move at most `settle_ratio` times as far as it has moved, whatever the length of the run;
             `"delay"` factors all layers at `delay`, as the paper does.
@@ -108,7 +113,8 @@ class OIALRConfig(PeftConfig):
         sigma_basis: the basis that Σ is written in. `"axes"` turns U and V close to coordinate axes, so that Adam scales the
             entries of Σ as it did those of the dense weight, and leaves layers that lose no direction as they are;
             `"singular"` makes Σ diagonal in every update, as the paper does. The weight is the same, and SGD and Muon
-            train it alike. `None` means singular with `pretraining` or `residual`, otherwise axes.
+            train it alike. `None` means singular with `pretraining`, and with `residual` in a basis of the weight,
+            otherwise axes.
         min_rank: floor of the rank.
         stability_storage: what is kept of the last basis: `"sketch"` (its product with 32 random ±1 columns; Stability
             is then off by about .002, which the decision to freeze allows for), `"bf16"`, `"cpu"`, or `"full"` (exact).
@@ -159,6 +165,10 @@ class OIALRConfig(PeftConfig):
     init_rank: int | float | None = field(
         default=None, metadata={"help": "Rank kept at factorization: count, or fraction of k; None keeps all."}
     )
+    init_basis: str = field(
+        default="weight",
+        metadata={"help": 'Where U and V of a residual adapter come from: "weight", or "gradient" of the first step.'},
+    )
     freeze_when: str = field(
         default="stable",
         metadata={"help": '"stable" or "settled": per layer, by its basis; "delay": all layers at `delay`.'},
@@ -199,7 +209,7 @@ class OIALRConfig(PeftConfig):
         default=None,
         metadata={
             "help": '"axes": U and V close to coordinate axes; "singular": Σ diagonal after each update; None: singular '
-            "if pretraining or residual, else axes."
+            "if pretraining, or if residual in a basis of the weight, else axes."
         },
     )
     stability_storage: str = field(
@@ -227,8 +237,9 @@ class OIALRConfig(PeftConfig):
         if self.delay is None:
             self.delay = 0 if self.residual else PRETRAINING_DELAY if self.pretraining else FINETUNING_DELAY
         if self.sigma_basis is None:  # adapters that were saved without one know no other than the singular
-            replaces = not (self.pretraining or self.residual or self.is_from_checkpoint)
-            self.sigma_basis = "axes" if replaces else "singular"
+            in_weight_basis = self.residual and self.init_basis == "weight"
+            singular = self.pretraining or in_weight_basis or self.is_from_checkpoint
+            self.sigma_basis = "singular" if singular else "axes"
         self._set_pruning()
         self._check_combinations()
         self._check_format()
@@ -378,6 +389,7 @@ class OIALRConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"`{name}` must be True or False, but is {value!r}. Choose one of the two.")
+        self._check_choice("init_basis", get_args(InitBasis))
         self._check_choice("freeze_when", get_args(FreezeWhen))
         self._check_choice("stability_storage", get_args(StabilityStorage))
         self._check_choice("shrink", get_args(Shrink))
@@ -437,7 +449,11 @@ class OIALRConfig(PeftConfig):
                 "`pretraining=True` releases the base weights that `residual=True` needs. Choose `pretraining` for "
                 "training from scratch, `residual` for fine-tuning a pretrained model."
             )
-
+        if self.init_basis == "gradient" and not self.residual:
+            raise ValueError(
+                '`init_basis="gradient"` is for corrections of a weight, but with `residual=False` U, Σ and V are the weight '
+                'itself. Set `residual=True`, or leave `init_basis` at "weight".'
+            )
         if self.pretraining and self.trainable_token_indices is not None:
             raise ValueError(
                 f"`trainable_token_indices` ({self.trainable_token_indices!r}) must be None with `pretraining=True`, which "

@@ -7,6 +7,8 @@ events. A check at step t (t a multiple of ν):
    layers that qualify.
 2. Σ update, when some layer is factored: the layers that are due are decomposed, then truncated. Optimizer state
    follows every change of basis and rank.
+
+Before all that, after the first step: bases in the direction of the gradient, if the configuration asks for them.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from oialr_peft.factors import (
     first_not_finite,
     not_finite,
     not_finite_error,
+    on_axes,
     require_finite,
     require_in_range,
 )
@@ -52,7 +55,8 @@ from oialr_peft.learning_rate import SigmaLearningRate
 from oialr_peft.model import adapter_layers
 from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, is_transportable, transport_state
 from oialr_peft.movement import Movement
-from oialr_peft.outcome import Outcome, exchanged
+from oialr_peft.outcome import Expected, Outcome, exchanged
+from oialr_peft.probes import GradientProbes
 from oialr_peft.progress import decomposition_bar, log_check
 from oialr_peft.pruning import UNKNOWN, count_to_keep, output_energies
 from oialr_peft.schedule import Schedule, rank_of, steps_of
@@ -202,6 +206,7 @@ class OIALRController:
         torch_optimizer.register_step_post_hook(_forget_products_of(list(self.layers.values())))
         self._fused_step = _FusedStep(torch_optimizer)
         SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, self.config.sigma_lr_scale)
+        self._probes = self._new_probes()
         self._record_before_check()
 
     def step(self) -> OIALRUpdate | None:
@@ -218,11 +223,13 @@ class OIALRController:
                 would, because its dtype cannot hold a singular value.
             torch.linalg.LinAlgError: a weight cannot be decomposed. Layers that came before it in this check are changed.
         """
-        if isinstance(self.optimizer, AcceleratedOptimizer) and self.optimizer.step_was_skipped:
-            return None
-        if self._fused_step.was_skipped:
+        if self._step_was_skipped():
+            if self._probes is not None:
+                self._probes.forget()
             return None
         self._steps += 1
+        if self._probes is not None:
+            self._turn_to_gradients(self._probes)
         self._movement.count_step(self.optimizer.param_groups[self._group]["lr"])
         if not self.schedule.is_check(self._steps):
             self._record_before_check()
@@ -248,6 +255,77 @@ class OIALRController:
         self._warn_if_little_is_pruned(update)
         self._record_before_check()
         return update
+
+    def _step_was_skipped(self) -> bool:
+        if isinstance(self.optimizer, AcceleratedOptimizer) and self.optimizer.step_was_skipped:
+            return True
+        return self._fused_step.was_skipped
+
+    # ---- the first step ----------------------------------------------------------------------------------------------
+
+    def _new_probes(self) -> GradientProbes | None:
+        """Probes of the gradients that bases are still to be taken from: of an adapter that has learned nothing yet."""
+        if self.config.init_basis != "gradient":
+            return None
+        learned = max(float(local(parameter.detach()).abs().sum()) for parameter in self._trained.values())
+        if self._processes is not None:
+            (smallest,) = self._processes.smallest([-learned])
+            learned = -smallest
+        if learned > 0:
+            return None
+        probes = GradientProbes(self.layers.values(), self.adapter_name)
+        weakref.finalize(self, probes.close)
+        return probes
+
+    def _turn_to_gradients(self, probes: GradientProbes) -> None:
+        """Put the leading directions of the first step's gradients in the place of U and V, beside a core of zeros."""
+        refuse_join(self.model)
+        reshard_idle(self.model)
+        slots = OptimizerSlots(self.optimizer)
+        find = partial(self._turned, probes=probes)
+        names = list(self.layers)
+        turned = 0
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            if self._processes is None:
+                outcomes = find(names)
+            else:
+                self._processes.add_up(probes.sketches())
+                shapes = {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
+                jobs = [Job(name, shape, compute_dtype(self._trained[name]).itemsize) for name, shape in shapes.items()]
+                outcomes = self._exchanged_by_all(jobs, find, self._expected_turned)
+            for outcome in decomposition_bar(outcomes, total=len(names), disable=self.disable_tqdm):
+                self._apply(outcome, slots)
+                turned += outcome.factors is not None
+        refresh_reducers(self.model)
+        probes.close()
+        self._probes = None
+        if turned < len(names):
+            warnings.warn(
+                f"{len(names) - turned} of {len(names)} layers had no finite gradient other than zero in the first step, so "
+                "they keep bases of their weights. Was the controller made before the first forward pass?",
+                stacklevel=3,
+            )
+
+    def _turned(self, names: list[str], *, probes: GradientProbes) -> Iterator[Outcome]:
+        for name in names:
+            svd = probes.leading(name)
+            if svd is None:
+                yield Outcome(name)
+                continue
+            factors = Factors(svd.u, torch.zeros_like(torch.diag(svd.s)), svd.vh)
+            if self.config.sigma_basis == "axes":
+                factors = on_axes(factors)
+            dtype = self._trained[name].dtype
+            yield Outcome(name, factors=Factors(*(factor.to(dtype).contiguous() for factor in factors)), state={})
+
+    def _expected_turned(self, name: str, stability: float, rank: int, broken: bool) -> Outcome:
+        """The outcome that another process found, with unset tensors to receive it into."""
+        if rank == 0:
+            return Outcome(name)
+        layer, old = self.layers[name], self._trained[name]
+        empty = partial(torch.empty, dtype=old.dtype, device=old.device)
+        factors = Factors(empty(layer.out_features, rank), empty(rank, rank), empty(rank, layer.in_features))
+        return Outcome(name, factors=factors, state={})
 
     def _record_before_check(self) -> None:
         """Record the inputs of the next step if a check follows it."""
@@ -292,22 +370,41 @@ class OIALRController:
 
     def _found_by_all(self, names: list[str], due: set[str], slots: OptimizerSlots) -> Iterator[Outcome]:
         """The outcome of every layer; each is computed by one process and sent to the others."""
+        find = partial(self._found_here, due=due, slots=slots)
         if self._processes is None:
-            yield from self._found_here(names, due, slots)
-            return
+            return find(names)
         jobs = [Job(name, self._shape_of(name), compute_dtype(self._trained[name]).itemsize) for name in names]
+        gather = partial(self._gather, slots=slots) if self._sharded else None
+        return self._exchanged_by_all(jobs, find, partial(self._expected, due=due, slots=slots), gather)
+
+    def _exchanged_by_all(
+        self,
+        jobs: list[Job],
+        find: Callable[[list[str]], Iterator[Outcome]],
+        expected: Expected,
+        gather: Callable[[list[str], set[str]], None] | None = None,
+    ) -> Iterator[Outcome]:
+        """The outcomes of all processes, each of which finds those of its own jobs.
+
+        Args:
+            jobs: of all of them.
+            find: the outcomes of some layers, computed by this process.
+            expected: for outcomes of other processes.
+            gather: called by every process before the jobs of a round, with their names and those of its own.
+        """
+        assert self._processes is not None
         for shares in self._processes.rounds(jobs):
             mine = [job.name for job, owner in shares if owner == self._processes.index]
-            if self._sharded:
-                self._gather([job.name for job, _ in shares], set(mine), slots)
+            if gather is not None:
+                gather([job.name for job, _ in shares], set(mine))
             found: dict[str, Outcome] = {}
             failure = None
             try:
-                found = {outcome.name: outcome for outcome in self._found_here(mine, due, slots)}
+                found = {outcome.name: outcome for outcome in find(mine)}
             except Exception as error:  # raised below, when the other processes know of it
                 failure = error
             self._whole.clear()
-            yield from exchanged(self._processes, shares, found, failure, partial(self._expected, due=due, slots=slots))
+            yield from exchanged(self._processes, shares, found, failure, expected)
 
     def _found_here(self, names: list[str], due: set[str], slots: OptimizerSlots) -> Iterator[Outcome]:
         """The outcomes of these layers, computed by this process; the host waits twice per batch of decompositions."""
@@ -617,6 +714,9 @@ class OIALRController:
                 )
         require_finite(state_dict["bases"])
         self._steps = int(state_dict["steps"])
+        if self._probes is not None and self._steps > 0:  # made before the weights were loaded
+            self._probes.close()
+            self._probes = None
         self._sigma_updates = int(state_dict["sigma_updates"])
         if "movement" in state_dict:  # else saved by a release that did not measure it
             self._movement.load_state_dict(state_dict["movement"])

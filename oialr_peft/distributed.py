@@ -107,6 +107,11 @@ class Processes:
         dist.all_reduce(everywhere, dist.ReduceOp.SUM, self.group)
         return everywhere.cpu()
 
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Fill each tensor with the sum of what all processes have in it."""
+        for work in [dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group, async_op=True) for tensor in tensors]:
+            work.wait()
+
     def send(self, messages: Sequence[tuple[Tensor, int]]) -> None:
         """Fill each contiguous tensor with what its owner has in it; every tensor is sent once."""
         pending = [

@@ -28,6 +28,7 @@ BAD_VALUES = {
     "pretraining": [None, 0, "no"],
     "init_weights": [None, 1, "gaussian"],
     "init_rank": [0, -1, 1.0, 1.5, 0.0, -0.5, math.nan, math.inf, "8", True],
+    "init_basis": ["Weight", "activations", None, 1, True],
     "freeze_when": ["never", None, "Stable", 1],
     "delay": [-1, 1.0, 0.0, 1.5, -0.5, math.nan, "10", True],
     "stability_threshold": [0, 0.0, -0.1, 1.01, math.nan, None, "0.9", True],
@@ -53,6 +54,7 @@ PREDEFINED = {field.name for field in fields(PeftConfig)}  # checked by PEFT
     [
         ({}, "axes"),
         ({"residual": True}, "singular"),
+        ({"residual": True, "init_basis": "gradient"}, "axes"),
         ({"pretraining": True}, "singular"),
         ({"format_version": 1}, "singular"),  # saved before there was a choice
         ({"sigma_basis": "singular"}, "singular"),

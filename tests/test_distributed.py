@@ -108,6 +108,7 @@ def test_processes_stay_equal_in_half_precision_and_with_uneven_batches(two, opt
         {"shrink": "mask"},
         {"freeze_when": "delay", "delay": 0, "init_rank": 0.5, "stability_threshold": 1.0},
         {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5},
+        {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5, "init_rank": 2, "init_basis": "gradient"},
         {"layers_per_update": 0.4},
     ],
     ids=str,
