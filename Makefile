@@ -21,7 +21,9 @@ help:  ## list the targets
 demo: $(STAMP)  ## train dense and OIALR side by side on real data, and compare them
 	$(BIN)/python examples/01_image_classification.py
 
-test: lint types doctest docs test-fast test-slow  ## every check and test, in order: what CI runs
+test: lint  ## every check and test: what CI runs
+	$(MAKE) --no-print-directory --jobs 2 --output-sync types doctest docs
+	$(MAKE) --no-print-directory test-fast test-slow
 
 lint: $(STAMP)  ## format check and lint
 	$(BIN)/ruff format --check $(SOURCES)
@@ -84,5 +86,5 @@ clean:  ## remove the virtual environment and everything generated
 $(STAMP): pyproject.toml setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; run: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	@touch $@
