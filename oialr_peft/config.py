@@ -22,6 +22,7 @@ FreezeWhen = Literal["stable", "settled", "delay"]
 StabilityStorage = Literal["full", "sketch", "bf16", "cpu"]
 Shrink = Literal["physical", "mask"]
 SigmaBasis = Literal["axes", "singular"]
+SigmaScale = Literal["norm", "restart"]
 InitBasis = Literal["weight", "gradient"]
 Bias = Literal["none", "all", "oialr_only"]
 
@@ -109,7 +110,8 @@ class OIALRConfig(PeftConfig):
             otherwise 0.5.
         sigma_lr_scale: learning rate of Σ (r, r) over that of its parameter group, > 0; `"norm"` is √(m n) / r, with which
             an update of a factored weight is as long as that of the dense one, for optimizers that scale every entry on
-            its own (Adam and its relatives), and 1 for SGD and Muon.
+            its own (Adam and its relatives), and 1 for SGD and Muon. `"restart"` is that times the fall of the learning
+            rate until the layer is factored, at most 8, so that a Σ that comes late begins where the schedule was highest.
         sigma_basis: the basis that Σ is written in. `"axes"` turns U and V close to coordinate axes, so that Adam scales the
             entries of Σ as it did those of the dense weight, and leaves layers that lose no direction as they are;
             `"singular"` makes Σ diagonal in every update, as the paper does. The weight is the same, and SGD and Muon
@@ -203,7 +205,10 @@ class OIALRConfig(PeftConfig):
     )
     min_rank: int | float = field(default=0.01, metadata={"help": "Floor of the rank: count, or fraction of k."})
     sigma_lr_scale: float | str = field(
-        default="norm", metadata={"help": 'Learning rate of Σ over that of its group, or "norm": √(m n) / r.'}
+        default="restart",
+        metadata={
+            "help": 'Learning rate of Σ over that of its group, or "norm": √(m n) / r, or "restart": that from the highest on.'
+        },
     )
     sigma_basis: str | None = field(
         default=None,
@@ -427,9 +432,10 @@ class OIALRConfig(PeftConfig):
                 "rank per update; set `cutoff=0` to drop nothing."
             )
         scale = self.sigma_lr_scale
-        if not ((isinstance(scale, str) and scale == "norm") or (is_number(scale) and 0 < scale < math.inf)):
+        named = isinstance(scale, str) and scale in get_args(SigmaScale)
+        if not (named or (is_number(scale) and 0 < scale < math.inf)):
             raise ValueError(
-                f'`sigma_lr_scale` must be a number > 0 or "norm", but is {scale!r}. 1 gives Σ the learning rate of its '
+                f'`sigma_lr_scale` must be a number > 0, "norm" or "restart", but is {scale!r}. 1 gives Σ the learning rate of its '
                 "parameter group."
             )
         if self.max_output_loss is not None and not (is_number(self.max_output_loss) and 0 <= self.max_output_loss < 1):

@@ -205,7 +205,8 @@ class OIALRController:
         torch_optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         torch_optimizer.register_step_post_hook(_forget_products_of(list(self.layers.values())))
         self._fused_step = _FusedStep(torch_optimizer)
-        SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, self.config.sigma_lr_scale)
+        scale = self.config.sigma_lr_scale
+        self._sigma_rate = SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, scale)
         self._probes = self._new_probes()
         self._record_before_check()
 
@@ -548,6 +549,8 @@ class OIALRController:
         size = self._size_for(name, outcome.factors.rank)
         self._bases.pop(name, None)
         layer, state = self.layers[name], outcome.state
+        if layer.is_dense(self.adapter_name):
+            self._sigma_rate.restart(name, self._movement.fallen)
         layer.set_factors(self.adapter_name, outcome.factors, size=size)
         self._shard(layer)
         if self._sharded:
@@ -679,6 +682,7 @@ class OIALRController:
             "sigma_updates": self._sigma_updates,
             "bases": dict(self._bases),
             "movement": self._movement.state_dict(),
+            "restarts": dict(self._sigma_rate.restarts),
             "history": [asdict(update) for update in self.history],
         }
 
@@ -718,6 +722,7 @@ class OIALRController:
             self._probes.close()
             self._probes = None
         self._sigma_updates = int(state_dict["sigma_updates"])
+        self._sigma_rate.restarts = dict(state_dict.get("restarts", {}))
         if "movement" in state_dict:  # else saved by a release that did not measure it
             self._movement.load_state_dict(state_dict["movement"])
         self._bases = {

@@ -6,6 +6,9 @@ too slowly by ``√(mn) / r``, the more so the lower its rank. Multiplied by tha
 after a layer is factored. Optimizers that are linear in the gradient (SGD), or that give all directions of a matrix the same length
 (Muon), move W alike in both forms and need no scale.
 
+A layer that is factored late finds little of the learning rate left, and only r × r numbers to use it on. So its Σ begins again where
+the schedule was highest, and follows it from there: that is `restart_scale`.
+
 Weight decay is divided by the scale: what an optimizer step takes off Σ follows the schedule, not the rank.
 """
 
@@ -22,6 +25,7 @@ from torch.optim import Optimizer
 
 from oialr_peft.layer import OIALRLinear
 
+RESTART_LIMIT = 8.0
 SPLIT = "oialr_split"  # marks a group that exists only during a step
 
 
@@ -32,6 +36,20 @@ def norm_scale(out_features: int, in_features: int, rank: int) -> float:
     (1.0, 4.0, 32.0)
     """
     return 2.0 ** (round(2 * math.log2(math.sqrt(out_features * in_features) / rank)) / 2)
+
+
+def restart_scale(fallen: float) -> float:
+    """By how much the learning rate of a layer that is factored now begins higher, at most `RESTART_LIMIT`.
+
+    Rounded down to a power of √2: where the schedule has hardly begun to fall, as from scratch, there is no restart.
+
+    Args:
+        fallen: highest learning rate so far over the current one, ≥ 1.
+
+    >>> restart_scale(1.3), restart_scale(1 / 0.3), restart_scale(math.inf)
+    (1.0, 2.8284271247461903, 8.0)
+    """
+    return 2.0 ** (math.floor(2 * math.log2(min(max(fallen, 1.0), RESTART_LIMIT)) + 1e-6) / 2)
 
 
 def scales_entries(optimizer: Optimizer) -> bool:
@@ -49,7 +67,11 @@ class SigmaLearningRate:
         optimizer: trains the layers; a plain `torch.optim.Optimizer`.
         layers: the adapter layers. They are not kept alive.
         adapter_name: which adapter.
-        scale: of the learning rate; `"norm"` is `norm_scale` for optimizers that scale every entry, 1 for others.
+        scale: of the learning rate; `"norm"` is `norm_scale` for optimizers that scale every entry, 1 for others, and
+            `"restart"` that times the layer's restart.
+
+    Attributes:
+        restarts: `restart_scale` by name, of the layers that were factored in this run.
     """
 
     def __init__(
@@ -58,16 +80,22 @@ class SigmaLearningRate:
         self._layers = [weakref.ref(layer) for layer in layers]
         self._adapter_name = adapter_name
         self._scale = scale
+        self.restarts: dict[str, float] = {}
         self._groups: list[tuple[dict[str, Any], list[nn.Parameter]]] = []  # as they were before the step
-        if scale != "norm" or scales_entries(optimizer):
+        if not isinstance(scale, str) or scales_entries(optimizer):
             optimizer.register_step_pre_hook(self._split)
             optimizer.register_step_post_hook(self._restore)
 
     def scale_of(self, layer: OIALRLinear) -> float:
         """By what the learning rate of a factored layer is multiplied."""
-        if isinstance(self._scale, str):
-            return norm_scale(layer.out_features, layer.in_features, layer.rank(self._adapter_name))
-        return self._scale
+        if not isinstance(self._scale, str):
+            return self._scale
+        scale = norm_scale(layer.out_features, layer.in_features, layer.rank(self._adapter_name))
+        return scale * self.restarts.get(layer.name, 1.0) if self._scale == "restart" else scale
+
+    def restart(self, name: str, fallen: float) -> None:
+        """A layer is factored now, when the learning rate has fallen by this factor from its highest."""
+        self.restarts[name] = restart_scale(fallen)
 
     def _split(self, optimizer: Optimizer, *_: Any) -> None:
         self._restore(optimizer)  # a step that raised has left them split

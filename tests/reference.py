@@ -27,7 +27,7 @@ class Settings:
     residual: bool = False
     max_output_loss: float | None = None
     settle_ratio: float = 1.0
-    sigma_lr_scale: float | str = "norm"
+    sigma_lr_scale: float | str = "restart"
     sigma_basis: str | None = None
 
     def __post_init__(self):
@@ -79,6 +79,7 @@ class Layer:
     basis: np.ndarray | None = None  # at the previous check
     inputs: np.ndarray | None = None  # (batch, n) in the last training step
     travelled: float = 0.0
+    restart: float = 1.0  # of the learning rate of sigma, from where it was highest
     way: tuple | None = None  # P and Q from the matrix that was trained, as long as its state has not followed
     state: dict = field(default_factory=dict)  # of the optimizer
 
@@ -113,9 +114,11 @@ def nearest_axes(columns):
 class Reference:
     """An MLP ``tanh(x W₁ᵀ + b₁) … W_Lᵀ + b_L`` with mean squared error, trained by the method."""
 
-    def __init__(self, weights, biases, optimizer, settings):
+    def __init__(self, weights, biases, optimizer, settings, schedule=lambda step: 1.0):
         self.settings = settings
         self.optimizer = optimizer
+        self.schedule, self.peak, self.highest = schedule, optimizer.lr, 0.0
+        self.optimizer.lr = self.peak * schedule(0)
         self.layers = [Layer(w.copy(), b.copy()) for w, b in zip(weights, biases)]
         self.steps = 0
         self.sigma_updates = 0
@@ -151,21 +154,30 @@ class Reference:
                 core_gradient = layer.u.T @ gradient @ layer.vh.T
                 layer.sigma = self.optimizer.step(layer.sigma, core_gradient, layer.state, self.scale(layer))
         self.steps += 1
+        self.optimizer.lr = self.peak * self.schedule(self.steps)
+        self.highest = max(self.highest, self.optimizer.lr)
         if self.steps % self.settings.update_every == 0:
             self.check()
 
     def scale(self, layer):
-        """Of the learning rate of Σ: √(mn) / r, to the nearest power of √2, where entries are scaled one by one."""
-        if self.settings.sigma_lr_scale != "norm":
+        """Of the learning rate of Σ: √(mn) / r, to the nearest power of √2, where entries are scaled one by one; and from its
+        highest value on, to the power of √2 below, at most eightfold."""
+        if not isinstance(self.settings.sigma_lr_scale, str):
             return self.settings.sigma_lr_scale
+        if not self.optimizer.scales_entries:
+            return 1.0
         exact = math.sqrt(layer.base.size) / len(layer.sigma)
-        return math.sqrt(2) ** round(math.log(exact, math.sqrt(2))) if self.optimizer.scales_entries else 1.0
+        scale = math.sqrt(2) ** round(math.log(exact, math.sqrt(2)))
+        return scale * layer.restart if self.settings.sigma_lr_scale == "restart" else scale
 
     def factor(self, layer, weight):
         """Into singular directions; `settle` decides in which basis they are kept."""
         u, s, vh = np.linalg.svd(weight, full_matrices=False)
         rank = self.settings.init_rank or len(s)
         layer.u, layer.sigma, layer.vh = u[:, :rank], np.diag(s[:rank]), vh[:rank]
+        if layer.dense is not None:
+            fallen = min(8.0, self.highest / self.optimizer.lr)
+            layer.restart = max(math.sqrt(2) ** i for i in range(7) if math.sqrt(2) ** i <= fallen + 1e-6)
         layer.dense = layer.basis = None
         layer.way = layer.u, layer.vh.T
 

@@ -41,11 +41,13 @@ def data(dtype=torch.float64):
     return x, y
 
 
-def train(model, optimizer, steps, controller=None, after_step=None):
+def train(model, optimizer, steps, controller=None, after_step=None, schedule=lambda step: 1.0):
     x, y = data(next(model.parameters()).dtype)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     for _ in range(steps):
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
         if controller is not None:
             controller.step()
@@ -93,7 +95,9 @@ RULES = {
         "max_output_loss": 0.02,
         "max_rank_drop": 0.5,
     },
+    "late": {"freeze_when": "delay", "delay": 80, "cutoff": 0.2, "max_rank_drop": 0.3},
     "own learning rate": {"freeze_when": "delay", "delay": 10, "cutoff": 0.2, "sigma_lr_scale": 0.7},
+    "norm": {"freeze_when": "delay", "delay": 60, "cutoff": 0.2, "sigma_lr_scale": "norm"},
     "bounded loss, residual": {
         "residual": True,
         "delay": 0,
@@ -105,10 +109,24 @@ RULES = {
 }
 
 
+def constant(step):
+    return 1.0
+
+
+def warmed_up_and_falling(step):
+    return min((step + 1) / 12, (STEPS - step) / (STEPS - 12))
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "schedule"),
+    [
+        *((rule, constant) for rule in RULES),
+        *((rule, warmed_up_and_falling) for rule in ("stable", "late", "residual", "own learning rate", "norm")),
+    ],
+)
 @pytest.mark.parametrize("basis", ["axes", "singular"])
-def test_training_equals_the_literal_reference(basis, rule, optimizer):
+def test_training_equals_the_literal_reference(basis, rule, schedule, optimizer):
     settings = {"update_every": 10, "min_rank": 1, "sigma_basis": basis, **RULES[rule]}
     make_torch, make_numpy = OPTIMIZERS[optimizer]
     base = mlp()
@@ -118,12 +136,13 @@ def test_training_equals_the_literal_reference(basis, rule, optimizer):
         [module.bias.detach().numpy() for module in linear],
         make_numpy(),
         Settings(total_steps=STEPS, **settings),
+        schedule,
     )
     model = get_peft_model(base, OIALRConfig(**settings))
     torch_optimizer = make_torch([p for p in model.parameters() if p.requires_grad])
     controller = OIALRController(model, torch_optimizer, total_steps=STEPS)
 
-    train(model, torch_optimizer, STEPS, controller)
+    train(model, torch_optimizer, STEPS, controller, schedule=schedule)
     x, y = data()
     for _ in range(STEPS):
         reference.train_step(x.numpy(), y.numpy())

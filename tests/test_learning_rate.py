@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.learning_rate import norm_scale, scales_entries
+from oialr_peft.learning_rate import RESTART_LIMIT, norm_scale, restart_scale, scales_entries
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -37,6 +37,36 @@ def test_the_scale_is_the_ratio_of_norms_to_within_a_fourth_root_of_two(m, n, ra
     scale = norm_scale(m, n, rank)
     assert 2**-0.25 <= scale / (math.sqrt(m * n) / rank) <= 2**0.25
     assert 2 * math.log2(scale) == round(2 * math.log2(scale))
+
+
+@pytest.mark.parametrize("fallen", [1.0, 1.2, math.sqrt(2), 2.5, 7.9, 8.0, 100.0, math.inf])
+def test_the_restart_is_the_power_of_the_root_of_two_below(fallen):
+    scale = restart_scale(fallen)
+    assert scale <= min(fallen, RESTART_LIMIT) + 1e-9
+    assert scale * math.sqrt(2) > min(fallen, RESTART_LIMIT) or scale == RESTART_LIMIT
+    assert 2 * math.log2(scale) == pytest.approx(round(2 * math.log2(scale)))
+
+
+@pytest.mark.parametrize(("delay", "restart"), [(1, 1.0), (5, 1.0), (7, 1.0), (8, 2.0), (9, 4.0), (10, 8.0)])
+def test_a_layer_that_is_factored_late_restarts(delay, restart):
+    base = nn.Sequential(nn.Linear(N, M, bias=False), nn.Tanh(), nn.Linear(M, 2))
+    config = OIALRConfig(target_modules=["0"], freeze_when="delay", delay=delay, update_every=1, cutoff=0.0)
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (10 - step) / 4))
+    controller = OIALRController(model, optimizer, total_steps=10)
+    for _ in range(10):
+        backward(model)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        controller.step()
+    (layer,) = controller.layers.values()
+    assert controller._sigma_rate.scale_of(layer) == pytest.approx(norm_scale(M, N, M) * restart)
+    other = OIALRController(model, optimizer, total_steps=10)
+    assert other._sigma_rate.scale_of(layer) == norm_scale(M, N, M)
+    other.load_state_dict(controller.state_dict())
+    assert other._sigma_rate.scale_of(layer) == pytest.approx(norm_scale(M, N, M) * restart)
 
 
 def test_a_first_adam_step_moves_a_weight_as_far_as_the_dense_one():
