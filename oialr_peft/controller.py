@@ -682,6 +682,7 @@ class OIALRController:
             "sigma_updates": self._sigma_updates,
             "bases": dict(self._bases),
             "movement": self._movement.state_dict(),
+            "highest_rate": float(self._movement.highest),
             "restarts": dict(self._sigma_rate.restarts),
             "history": [asdict(update) for update in self.history],
         }
@@ -722,7 +723,8 @@ class OIALRController:
             self._probes.close()
             self._probes = None
         self._sigma_updates = int(state_dict["sigma_updates"])
-        self._sigma_rate.restarts = dict(state_dict.get("restarts", {}))
+        self._movement.highest = float(state_dict.get("highest_rate") or 0.0)  # absent in states of earlier releases
+        self._sigma_rate.restarts = dict(state_dict.get("restarts") or {})
         if "movement" in state_dict:  # else saved by a release that did not measure it
             self._movement.load_state_dict(state_dict["movement"])
         self._bases = {

@@ -33,25 +33,26 @@ class Movement:
     Attributes:
         travelled: sum of distances between consecutive bases, by layer.
         spent: sum of learning rates since the last check.
+        highest: of all learning rates.
     """
 
     def __init__(self) -> None:
         self.travelled: dict[str, float] = {}
         self.spent: float | Tensor = 0.0
         self._rate: float | Tensor = 0.0
-        self._highest: float | Tensor = 0.0
+        self.highest: float | Tensor = 0.0
 
     def count_step(self, rate: float | Tensor) -> None:
         """Count an optimizer step at this learning rate."""
         self._rate = rate
         self.spent = self.spent + rate
-        self._highest = _larger(self._highest, rate)
+        self.highest = _larger(self.highest, rate)
 
     @property
     def fallen(self) -> float:
         """The highest learning rate so far over the current one, ≥ 1; infinite when that is 0. Waits for the device once."""
         rate = float(self._rate)
-        return float(self._highest) / rate if rate > 0 else math.inf
+        return float(self.highest) / rate if rate > 0 else math.inf
 
     def intervals_left(self, steps_left: int) -> float:
         """Learning rate that is left over that spent since the last check; 0 when none was. Waits for the device once."""
@@ -70,14 +71,13 @@ class Movement:
         self.spent = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {"travelled": dict(self.travelled), "spent": float(self.spent), "highest": float(self._highest)}
+        """What a resumed run needs for the outlook."""
+        return {"travelled": dict(self.travelled), "spent": float(self.spent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.travelled = {name: float(value) for name, value in state["travelled"].items()}
         self.spent = float(state["spent"])
-        self._highest = float(state.get("highest", 0.0))  # else saved by a release that did not need it
 
 
 def _larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:

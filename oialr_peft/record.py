@@ -233,6 +233,10 @@ def _has(fields: Mapping[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
     )
 
 
+def _is_scale(value: Any) -> bool:
+    return _is_finite(value) and bool(value > 0)
+
+
 def _is_plain(value: Any) -> bool:
     """What can be written as JSON again."""
     if isinstance(value, dict):
@@ -294,5 +298,7 @@ STATE_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or _has({"travelled": _is_object(_is_finite), "spent": _is_finite})(value),
         "an object with travelled and spent",
     ),
+    "highest_rate": (lambda value: value is None or _is_finite(value), "a finite number"),
+    "restarts": (lambda value: value is None or _is_object(_is_scale)(value), "an object of finite numbers > 0"),
     "history": (_is_list(_is_update), "a list of checks with the fields of OIALRUpdate"),
 }
