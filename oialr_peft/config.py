@@ -110,8 +110,8 @@ class OIALRConfig(PeftConfig):
             otherwise 0.5.
         sigma_lr_scale: learning rate of Σ (r, r) over that of its parameter group, > 0; `"norm"` is √(m n) / r, with which
             an update of a factored weight is as long as that of the dense one, for optimizers that scale every entry on
-            its own (Adam and its relatives), and 1 for SGD and Muon. `"restart"` is that times the fall of the learning
-            rate until the layer is factored, at most 8, so that a Σ that comes late begins where the schedule was highest.
+            its own (Adam and its relatives), and 1 for SGD and Muon. `"restart"` is that times the 3/2 power of what the
+            learning rate has fallen by when the layer is factored, at most 8, so that a Σ that comes late can still learn.
         sigma_basis: the basis that Σ is written in. `"axes"` turns U and V close to coordinate axes, so that Adam scales the
             entries of Σ as it did those of the dense weight, and leaves layers that lose no direction as they are;
             `"singular"` makes Σ diagonal in every update, as the paper does. The weight is the same, and SGD and Muon
@@ -207,7 +207,7 @@ class OIALRConfig(PeftConfig):
     sigma_lr_scale: float | str = field(
         default="restart",
         metadata={
-            "help": 'Learning rate of Σ over that of its group, or "norm": √(m n) / r, or "restart": that from the highest on.'
+            "help": 'Learning rate of Σ over that of its group, or "norm": √(m n) / r, or "restart": more for late ones.'
         },
     )
     sigma_basis: str | None = field(

@@ -6,8 +6,8 @@ too slowly by ``√(mn) / r``, the more so the lower its rank. Multiplied by tha
 after a layer is factored. Optimizers that are linear in the gradient (SGD), or that give all directions of a matrix the same length
 (Muon), move W alike in both forms and need no scale.
 
-A layer that is factored late finds little of the learning rate left, and only r × r numbers to use it on. So its Σ begins again where
-the schedule was highest, and follows it from there: that is `restart_scale`.
+A layer that is factored late finds few steps and little of the learning rate left, and only r × r numbers to use them on. So its Σ
+begins again higher than the schedule ever was, and follows it down from there: that is `restart_scale`.
 
 Weight decay is divided by the scale: what an optimizer step takes off Σ follows the schedule, not the rank.
 """
@@ -39,17 +39,18 @@ def norm_scale(out_features: int, in_features: int, rank: int) -> float:
 
 
 def restart_scale(fallen: float) -> float:
-    """By how much the learning rate of a layer that is factored now begins higher, at most `RESTART_LIMIT`.
+    """By how much the learning rate of a layer that is factored now begins higher: the 3/2 power of its fall, at most 8.
 
-    Rounded down to a power of √2: where the schedule has hardly begun to fall, as from scratch, there is no restart.
+    Rounded down to a power of √2: where the schedule has hardly begun to fall, as from scratch, there is no restart. The power was
+    measured, see `docs/benchmarks.md`.
 
     Args:
         fallen: highest learning rate so far over the current one, ≥ 1.
 
-    >>> restart_scale(1.3), restart_scale(1 / 0.3), restart_scale(math.inf)
-    (1.0, 2.8284271247461903, 8.0)
+    >>> restart_scale(1.2), restart_scale(1 / 0.3), restart_scale(math.inf)
+    (1.0, 5.656854249492381, 8.0)
     """
-    return 2.0 ** (math.floor(2 * math.log2(min(max(fallen, 1.0), RESTART_LIMIT)) + 1e-6) / 2)
+    return 2.0 ** (math.floor(2 * math.log2(min(max(fallen, 1.0) ** 1.5, RESTART_LIMIT)) + 1e-6) / 2)
 
 
 def scales_entries(optimizer: Optimizer) -> bool:

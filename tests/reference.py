@@ -160,8 +160,8 @@ class Reference:
             self.check()
 
     def scale(self, layer):
-        """Of the learning rate of Σ: √(mn) / r, to the nearest power of √2, where entries are scaled one by one; and from its
-        highest value on, to the power of √2 below, at most eightfold."""
+        """Of the learning rate of Σ: √(mn) / r, to the nearest power of √2, where entries are scaled one by one; and as
+        much more as the 3/2 power of its fall until the freeze, to the power of √2 below, at most eightfold."""
         if not isinstance(self.settings.sigma_lr_scale, str):
             return self.settings.sigma_lr_scale
         if not self.optimizer.scales_entries:
@@ -176,8 +176,8 @@ class Reference:
         rank = self.settings.init_rank or len(s)
         layer.u, layer.sigma, layer.vh = u[:, :rank], np.diag(s[:rank]), vh[:rank]
         if layer.dense is not None:
-            fallen = min(8.0, self.highest / self.optimizer.lr)
-            layer.restart = max(math.sqrt(2) ** i for i in range(7) if math.sqrt(2) ** i <= fallen + 1e-6)
+            fallen = self.highest / self.optimizer.lr
+            layer.restart = max(math.sqrt(2) ** i for i in range(7) if math.sqrt(2) ** i <= fallen**1.5 + 1e-6)
         layer.dense = layer.basis = None
         layer.way = layer.u, layer.vh.T
 
