@@ -42,15 +42,15 @@ from oialr_peft.factors import (
     bounded_rank,
     changed,
     compute_dtype,
+    factors_of,
     first_not_finite,
     not_finite,
     not_finite_error,
-    on_axes,
     require_finite,
     require_in_range,
 )
 from oialr_peft.inputs import RecentInputs
-from oialr_peft.layer import OIALRLinear
+from oialr_peft.layer import OIALRLinear, starting_factors
 from oialr_peft.learning_rate import SigmaLearningRate
 from oialr_peft.model import adapter_layers
 from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, is_transportable, transport_state
@@ -231,7 +231,9 @@ class OIALRController:
         self._steps += 1
         if self._probes is not None:
             self._turn_to_gradients(self._probes)
-        self._movement.count_step(self.optimizer.param_groups[self._group]["lr"])
+        rate = self.optimizer.param_groups[self._group]["lr"]
+        self._movement.count_step(rate)
+        self._sigma_rate.count_step(rate)
         if not self.schedule.is_check(self._steps):
             self._record_before_check()
             return None
@@ -268,11 +270,11 @@ class OIALRController:
         """Probes of the gradients that bases are still to be taken from: of an adapter that has learned nothing yet."""
         if self.config.init_basis != "gradient":
             return None
-        learned = max(float(local(parameter.detach()).abs().sum()) for parameter in self._trained.values())
+        learned = [local(parameter.detach()).count_nonzero() for parameter in self._trained.values()]
+        entries = int(torch.stack(learned).sum())
         if self._processes is not None:
-            (smallest,) = self._processes.smallest([-learned])
-            learned = -smallest
-        if learned > 0:
+            entries = -int(*self._processes.smallest([-entries]))
+        if entries > 0:
             return None
         probes = GradientProbes(self.layers.values(), self.adapter_name)
         weakref.finalize(self, probes.close)
@@ -308,25 +310,19 @@ class OIALRController:
             )
 
     def _turned(self, names: list[str], *, probes: GradientProbes) -> Iterator[Outcome]:
+        usable = probes.usable()
         for name in names:
-            svd = probes.leading(name)
-            if svd is None:
+            if name not in usable:
                 yield Outcome(name)
                 continue
-            factors = Factors(svd.u, torch.zeros_like(torch.diag(svd.s)), svd.vh)
-            if self.config.sigma_basis == "axes":
-                factors = on_axes(factors)
+            found = probes.leading(name)
+            factors = starting_factors(factors_of(found, found.u.dtype), self.config)
             dtype = self._trained[name].dtype
             yield Outcome(name, factors=Factors(*(factor.to(dtype).contiguous() for factor in factors)), state={})
 
     def _expected_turned(self, name: str, stability: float, rank: int, broken: bool) -> Outcome:
         """The outcome that another process found, with unset tensors to receive it into."""
-        if rank == 0:
-            return Outcome(name)
-        layer, old = self.layers[name], self._trained[name]
-        empty = partial(torch.empty, dtype=old.dtype, device=old.device)
-        factors = Factors(empty(layer.out_features, rank), empty(rank, rank), empty(rank, layer.in_features))
-        return Outcome(name, factors=factors, state={})
+        return Outcome(name) if rank == 0 else Outcome(name, factors=self._unset_factors(name, rank), state={})
 
     def _record_before_check(self) -> None:
         """Record the inputs of the next step if a check follows it."""
@@ -358,6 +354,7 @@ class OIALRController:
             outcomes[outcome.name] = outcome.without_tensors()
         refresh_reducers(self.model)
         frozen = [name for name in dense if not self._is_dense(name)]
+        self._sigma_rate.restart(frozen)
         if frozen or len(dense) < len(names):
             self._sigma_updates += 1
         stability = {name: s for name in dense if (s := outcomes[name].stability) is not None}
@@ -549,8 +546,6 @@ class OIALRController:
         size = self._size_for(name, outcome.factors.rank)
         self._bases.pop(name, None)
         layer, state = self.layers[name], outcome.state
-        if layer.is_dense(self.adapter_name):
-            self._sigma_rate.restart(name, self._movement.fallen)
         layer.set_factors(self.adapter_name, outcome.factors, size=size)
         self._shard(layer)
         if self._sharded:
@@ -641,11 +636,15 @@ class OIALRController:
             shape = kept_shape((m, n), self.config.stability_storage)
             dtype = torch.bfloat16 if self.config.stability_storage == "bf16" else compute_dtype(old)
             return Outcome(name, measured, torch.empty(shape, dtype=dtype, device=old.device))
-        empty = partial(torch.empty, dtype=old.dtype, device=old.device)
-        factors = Factors(empty(m, rank), empty(rank, rank), empty(rank, n))
+        factors = self._unset_factors(name, rank)
         state = empty_state(shaped_as_whole(slots.state_of(old)), old.shape, self._size_for(name, rank))
         rank_before = self._rank_before(name) if name in due else None
         return Outcome(name, measured, None, factors, None if broken else state, rank_before, broken)
+
+    def _unset_factors(self, name: str, rank: int) -> Factors:
+        layer, old = self.layers[name], self._trained[name]
+        empty = partial(torch.empty, dtype=old.dtype, device=old.device)
+        return Factors(empty(layer.out_features, rank), empty(rank, rank), empty(rank, layer.in_features))
 
     def _require_finite(self) -> None:
         """Raise on every process when one of them holds NaN or Inf."""
@@ -682,8 +681,7 @@ class OIALRController:
             "sigma_updates": self._sigma_updates,
             "bases": dict(self._bases),
             "movement": self._movement.state_dict(),
-            "highest_rate": float(self._movement.highest),
-            "restarts": dict(self._sigma_rate.restarts),
+            **self._sigma_rate.state_dict(),
             "history": [asdict(update) for update in self.history],
         }
 
@@ -723,8 +721,7 @@ class OIALRController:
             self._probes.close()
             self._probes = None
         self._sigma_updates = int(state_dict["sigma_updates"])
-        self._movement.highest = float(state_dict.get("highest_rate") or 0.0)  # absent in states of earlier releases
-        self._sigma_rate.restarts = dict(state_dict.get("restarts") or {})
+        self._sigma_rate.load_state_dict(state_dict)
         if "movement" in state_dict:  # else saved by a release that did not measure it
             self._movement.load_state_dict(state_dict["movement"])
         self._bases = {

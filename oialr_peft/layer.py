@@ -192,10 +192,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         self.oialr_weight[adapter_name] = nn.Parameter(dense)
 
     def _add_factored(self, adapter_name: str, factors: Factors, config: OIALRConfig) -> None:
-        if config.sigma_basis == "axes":
-            factors = on_axes(factors)
-        if config.residual:
-            factors = factors._replace(sigma=torch.zeros_like(factors.sigma))
+        factors = starting_factors(factors, config)
         if not config.init_weights:
             factors = factors._replace(sigma=factors.sigma + _noise_like(factors.sigma))
         self.set_factors(adapter_name, factors)
@@ -685,6 +682,13 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             f"{name}: {'dense' if self.is_dense(name) else f'rank {self.ranks[name]}'}"
             for name in sorted(self._get_available_adapters())
         )
+
+
+def starting_factors(factors: Factors, config: OIALRConfig) -> Factors:
+    """What a factored layer starts from: in the basis of the configuration, and of a residual adapter with a core of zeros."""
+    if config.sigma_basis == "axes":
+        factors = on_axes(factors)
+    return factors._replace(sigma=torch.zeros_like(factors.sigma)) if config.residual else factors
 
 
 def _store(container: nn.ParameterDict, adapter_name: str, value: Tensor, *, requires_grad: bool) -> None:

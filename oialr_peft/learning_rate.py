@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr_peft.layer import OIALRLinear
@@ -82,6 +82,8 @@ class SigmaLearningRate:
         self._adapter_name = adapter_name
         self._scale = scale
         self.restarts: dict[str, float] = {}
+        self._rate: float | Tensor = 0.0
+        self._highest: float | Tensor = 0.0
         self._groups: list[tuple[dict[str, Any], list[nn.Parameter]]] = []  # as they were before the step
         if not isinstance(scale, str) or scales_entries(optimizer):
             optimizer.register_step_pre_hook(self._split)
@@ -94,9 +96,30 @@ class SigmaLearningRate:
         scale = norm_scale(layer.out_features, layer.in_features, layer.rank(self._adapter_name))
         return scale * self.restarts.get(layer.name, 1.0) if self._scale == "restart" else scale
 
-    def restart(self, name: str, fallen: float) -> None:
-        """A layer is factored now, when the learning rate has fallen by this factor from its highest."""
-        self.restarts[name] = restart_scale(fallen)
+    def count_step(self, rate: float | Tensor) -> None:
+        """Count an optimizer step, after which the learning rate of the schedule is this."""
+        self._rate = rate
+        self._highest = _larger(self._highest, rate)
+
+    @property
+    def fallen(self) -> float:
+        """The highest learning rate so far over the current one, ≥ 1; infinite when that is 0."""
+        rate = float(self._rate)
+        return float(self._highest) / rate if rate > 0 else math.inf
+
+    def restart(self, names: list[str]) -> None:
+        """These layers are factored now."""
+        if names:
+            self.restarts.update(dict.fromkeys(names, restart_scale(self.fallen)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"highest_rate": float(self._highest), "restarts": dict(self.restarts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; states of earlier releases hold nothing of it."""
+        self._highest = float(state.get("highest_rate") or 0.0)
+        self.restarts = dict(state.get("restarts") or {})
 
     def _split(self, optimizer: Optimizer, *_: Any) -> None:
         self._restore(optimizer)  # a step that raised has left them split
@@ -130,3 +153,10 @@ class SigmaLearningRate:
             for layer in layers
             if not layer.is_dense(self._adapter_name)
         }
+
+
+def _larger(known: float | Tensor, rate: float | Tensor) -> float | Tensor:
+    """Without waiting for the device."""
+    if isinstance(rate, Tensor):
+        return torch.maximum(torch.as_tensor(known, dtype=rate.dtype, device=rate.device), rate)
+    return max(float(known), rate)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -33,26 +32,17 @@ class Movement:
     Attributes:
         travelled: sum of distances between consecutive bases, by layer.
         spent: sum of learning rates since the last check.
-        highest: of all learning rates.
     """
 
     def __init__(self) -> None:
         self.travelled: dict[str, float] = {}
         self.spent: float | Tensor = 0.0
         self._rate: float | Tensor = 0.0
-        self.highest: float | Tensor = 0.0
 
     def count_step(self, rate: float | Tensor) -> None:
         """Count an optimizer step at this learning rate."""
         self._rate = rate
         self.spent = self.spent + rate
-        self.highest = _larger(self.highest, rate)
-
-    @property
-    def fallen(self) -> float:
-        """The highest learning rate so far over the current one, ≥ 1; infinite when that is 0. Waits for the device once."""
-        rate = float(self._rate)
-        return float(self.highest) / rate if rate > 0 else math.inf
 
     def intervals_left(self, steps_left: int) -> float:
         """Learning rate that is left over that spent since the last check; 0 when none was. Waits for the device once."""
@@ -71,17 +61,10 @@ class Movement:
         self.spent = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs for the outlook."""
+        """What a resumed run needs."""
         return {"travelled": dict(self.travelled), "spent": float(self.spent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.travelled = {name: float(value) for name, value in state["travelled"].items()}
         self.spent = float(state["spent"])
-
-
-def _larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
-    """Without waiting for the device."""
-    if isinstance(b, Tensor):
-        return torch.maximum(torch.as_tensor(a, dtype=b.dtype, device=b.device), b)
-    return max(float(a), b)

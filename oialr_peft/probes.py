@@ -42,7 +42,7 @@ class _Whole:
         return form.apply(x, self.zeros[0].to(x.dtype))
 
     def leading(self, rank: int, name: str) -> SVD:
-        (gradient,) = gradients_of(self.zeros)
+        (gradient,) = _gradients_of(self.zeros)
         return leading_svd(gradient, rank, name)
 
 
@@ -76,7 +76,7 @@ class _Sketch:
         )
 
     def leading(self, rank: int, name: str) -> SVD:
-        y, z = gradients_of(self.zeros)
+        y, z = _gradients_of(self.zeros)
         held = torch.linalg.qr(y).Q
         left, triangle = torch.linalg.qr(self._psi_t.mT @ held)
         u, s, vh = thin_svd(torch.linalg.solve_triangular(triangle, left.mT @ z, upper=True), name)
@@ -99,13 +99,13 @@ class GradientProbes:
 
     def __init__(self, layers: Iterable[OIALRLinear], adapter_name: str) -> None:
         self.recording = True
-        self._layers = {layer.name: layer for layer in layers}
-        self._ranks = {name: layer.rank(adapter_name) for name, layer in self._layers.items()}
-        self._probes = {
-            name: _probe_of(layer.form, self._ranks[name], name, layer.trained_parameter(adapter_name))
-            for name, layer in self._layers.items()
-        }
-        self._hooks = [layer.register_forward_hook(self._watch) for layer in self._layers.values()]
+        self._ranks: dict[str, int] = {}
+        self._probes: dict[str, _Probe] = {}
+        self._hooks = []
+        for layer in layers:
+            self._ranks[layer.name] = layer.rank(adapter_name)
+            self._probes[layer.name] = _probe_of(layer, adapter_name)
+            self._hooks.append(layer.register_forward_hook(self._watch))
 
     def _watch(self, layer: OIALRLinear, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not self.recording or layer.disable_adapters or not torch.is_grad_enabled():
@@ -114,13 +114,19 @@ class GradientProbes:
 
     def sketches(self) -> list[Tensor]:
         """What was recorded, for the processes to add up: a change of these tensors counts."""
-        return [sketch for probe in self._probes.values() for sketch in gradients_of(probe.zeros)]
+        return [sketch for probe in self._probes.values() for sketch in _gradients_of(probe.zeros)]
 
-    def leading(self, name: str) -> SVD | None:
-        """The leading directions of a layer's gradient; `None` when that is zero or not finite."""
-        probe = self._probes[name]
-        sizes = [float(largest_entry(sketch)) for sketch in gradients_of(probe.zeros)]
-        return probe.leading(self._ranks[name], name) if all(0 < size < math.inf for size in sizes) else None
+    def usable(self) -> set[str]:
+        """The layers whose gradient is finite and not zero; waits for the device once."""
+        named = [(name, sketch) for name, probe in self._probes.items() for sketch in _gradients_of(probe.zeros)]
+        sizes = torch.stack([largest_entry(sketch).double() for _, sketch in named]).tolist()
+        return set(self._probes) - {
+            name for (name, _), size in zip(named, sizes, strict=True) if not 0 < size < math.inf
+        }
+
+    def leading(self, name: str) -> SVD:
+        """The leading directions of a usable gradient."""
+        return self._probes[name].leading(self._ranks[name], name)
 
     def forget(self) -> None:
         """Start again, after a step that did not count."""
@@ -136,7 +142,7 @@ class GradientProbes:
             hook.remove()
 
 
-def gradients_of(zeros: list[Tensor]) -> list[Tensor]:
+def _gradients_of(zeros: list[Tensor]) -> list[Tensor]:
     """Gradients of leaves; zero where no pass reached one."""
     for leaf in zeros:
         if leaf.grad is None:
@@ -144,9 +150,10 @@ def gradients_of(zeros: list[Tensor]) -> list[Tensor]:
     return [leaf.grad for leaf in zeros if leaf.grad is not None]
 
 
-def _probe_of(form: Matricization, rank: int, name: str, trained: Tensor) -> _Probe:
+def _probe_of(layer: OIALRLinear, adapter_name: str) -> _Probe:
+    form, rank, trained = layer.form, layer.rank(adapter_name), layer.trained_parameter(adapter_name)
     made = {"dtype": compute_dtype(trained), "device": trained.device}
     columns, rows = 2 * rank + 1, 4 * rank + 3
     if columns * form.m + rows * form.n >= form.m * form.n:
         return _Whole(form, made)
-    return _Sketch(form, (columns, rows), zlib.crc32(name.encode()), made)
+    return _Sketch(form, (columns, rows), zlib.crc32(layer.name.encode()), made)

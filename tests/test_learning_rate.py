@@ -72,6 +72,16 @@ def test_a_layer_that_is_factored_late_restarts(delay, restart):
     assert other._sigma_rate.scale_of(layer) == pytest.approx(norm_scale(M, N, M) * restart)
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_the_fall_of_the_learning_rate_is_from_its_highest(kind):
+    rates = setting()[2]._sigma_rate
+    assert rates.fallen == math.inf  # nothing was counted
+    for rate, fallen in ((0.5, 1.0), (2.0, 1.0), (1.0, 2.0), (0.25, 8.0), (4.0, 1.0), (0.0, math.inf)):
+        rates.count_step(kind(rate))
+        assert rates.fallen == fallen
+    assert rates.state_dict()["highest_rate"] == 4.0
+
+
 def test_a_first_adam_step_moves_a_weight_as_far_as_the_dense_one():
     model, optimizer, controller = setting(lambda p: torch.optim.Adam(p, lr=0.01))
     (layer,) = controller.layers.values()

@@ -122,13 +122,3 @@ def test_a_resumed_run_freezes_at_the_same_checks():
     train(resumed, 167)
     assert [update.frozen for update in resumed[3].history] == [update.frozen for update in controller.history]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed[0].parameters(), strict=True))
-
-
-@pytest.mark.parametrize("kind", [float, torch.tensor])
-def test_the_fall_of_the_learning_rate_is_from_its_highest(kind):
-    movement = Movement()
-    assert movement.fallen == math.inf  # nothing was counted
-    for rate, fallen in ((0.5, 1.0), (2.0, 1.0), (1.0, 2.0), (0.25, 8.0), (4.0, 1.0), (0.0, math.inf)):
-        movement.count_step(kind(rate))
-        assert movement.fallen == fallen
-    assert float(movement.highest) == 4.0
