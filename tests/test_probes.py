@@ -39,18 +39,20 @@ class Cubes(nn.Module):
         return (y**3).mean() + y.square().sum()
 
 
-def run(module: nn.Module, batches: list[Tensor], *, lr: float = 0.1, **settings: object):
-    """The adapted module after its first optimizer step, with its layer and controller."""
-    model = get_peft_model(
-        nn.Sequential(copy.deepcopy(module)),
-        OIALRConfig(**{"target_modules": ["0"], **GRADIENT, "update_every": 50, **settings}),
-    )
+def begin(base: nn.Module, *, lr: float = 0.1, **settings: object):
+    """An adapted model before its first optimizer step, with its controller."""
+    model = get_peft_model(base, OIALRConfig(**{**GRADIENT, "update_every": 50, **settings}))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
-    controller = OIALRController(model, optimizer, total_steps=100)
+    return model, OIALRController(model, optimizer, total_steps=100)
+
+
+def run(module: nn.Module, batches: list[Tensor], **settings: object):
+    """The adapted module after its first optimizer step, with its layer and controller."""
+    model, controller = begin(nn.Sequential(copy.deepcopy(module)), target_modules=["0"], **settings)
     for x in batches:
         Cubes()(model(x)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    controller.optimizer.step()
+    controller.optimizer.zero_grad()
     controller.step()
     (layer,) = adapter_layers(model, "default").values()
     return model, layer, controller
@@ -154,11 +156,7 @@ def test_a_skipped_step_does_not_count(monkeypatch):
     torch.manual_seed(0)
     module, x, other = nn.Linear(20, 30), torch.randn(2, 20), torch.randn(2, 20)
     expected = run(module, [x], init_rank=2)[1].factors("default")
-    model = get_peft_model(
-        nn.Sequential(module), OIALRConfig(target_modules=["0"], **GRADIENT, init_rank=2, update_every=50)
-    )
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    controller = OIALRController(model, optimizer, total_steps=100)
+    model, controller = begin(nn.Sequential(module), target_modules=["0"], init_rank=2)
     (Cubes()(model(other)) * torch.inf).backward()  # what makes a gradient scaler skip a step
     monkeypatch.setattr(controller, "_step_was_skipped", lambda: True)
     assert controller.step() is None
@@ -183,10 +181,9 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("scale", [1.0, 0.0, torch.nan], ids=["unused", "zero", "NaN"])
 def test_a_layer_without_a_usable_gradient_keeps_the_basis_of_its_weight(scale):
     torch.manual_seed(0)
-    model = get_peft_model(Branches(), OIALRConfig(**GRADIENT, init_rank=2, update_every=50))
+    model, controller = begin(Branches(), init_rank=2)
     layers = adapter_layers(model, "default")
     before = {name: [factor.clone() for factor in layer.factors("default")] for name, layer in layers.items()}
-    controller = OIALRController(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=100)
     (scale * Cubes()(model(torch.randn(4, 6)))).backward()
     without = 1 if scale == 1 else 2
     with pytest.warns(UserWarning, match=f"{without} of 2 layers had no finite gradient other than zero"):
@@ -210,11 +207,7 @@ def test_recomputed_layers_are_counted_once(reentrant):
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.inner, x, use_reentrant=reentrant)
 
-    model = get_peft_model(
-        Recomputed(), OIALRConfig(target_modules=["inner"], **GRADIENT, init_rank=4, update_every=50)
-    )
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    controller = OIALRController(model, optimizer, total_steps=100)
+    model, controller = begin(Recomputed(), target_modules=["inner"], init_rank=4)
     for x in batches.requires_grad_():
         Cubes()(model(x)).backward()
     controller.step()
@@ -240,10 +233,7 @@ def test_a_disabled_adapter_and_passes_without_gradients_are_not_watched():
     torch.manual_seed(0)
     module, x, other = nn.Linear(20, 30), torch.randn(2, 20), torch.randn(2, 20)
     expected = run(module, [x], init_rank=2)[1].factors("default")
-    model = get_peft_model(
-        nn.Sequential(module), OIALRConfig(target_modules=["0"], **GRADIENT, init_rank=2, update_every=50)
-    )
-    controller = OIALRController(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=100)
+    model, controller = begin(nn.Sequential(module), target_modules=["0"], init_rank=2)
     with model.disable_adapter():
         Cubes()(model(other.requires_grad_())).backward()
     with torch.no_grad():
