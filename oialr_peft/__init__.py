@@ -18,7 +18,7 @@ _registration.check_versions()
 _registration.extend_peft_type()
 
 from oialr_peft.config import OIALRConfig  # noqa: E402  (needs the extended enum)
-from oialr_peft.controller import OIALRController, OIALRUpdate  # noqa: E402
+from oialr_peft.controller import OIALRController  # noqa: E402
 from oialr_peft.export import save_dense, save_lora, save_low_rank, to_dense  # noqa: E402
 from oialr_peft.factors import (  # noqa: E402
     Factors,
@@ -31,6 +31,7 @@ from oialr_peft.factors import (  # noqa: E402
 from oialr_peft.hub import keep_cards_in_pushes as _keep_cards_in_pushes  # noqa: E402
 from oialr_peft.low_rank import register as _register_format  # noqa: E402
 from oialr_peft.model import OIALRModel  # noqa: E402
+from oialr_peft.update import OIALRUpdate  # noqa: E402
 
 _registration.register(OIALRConfig, OIALRModel)
 _register_format()

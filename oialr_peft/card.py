@@ -20,7 +20,7 @@ from oialr_peft.writing import replacing
 
 if TYPE_CHECKING:
     from oialr_peft.config import OIALRConfig
-    from oialr_peft.controller import OIALRUpdate
+    from oialr_peft.update import OIALRUpdate
 
 CARD_NAME = "README.md"
 ADAPTER_TAGS = ("peft", "oialr")

@@ -1,8 +1,8 @@
-"""What a check finds for one layer, and how the processes tell each other."""
+"""What is found for one layer in a check or after the first step, and how the processes tell each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from oialr_peft.moments import is_moment, moments_of
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found for one layer: what is kept of its basis, or its new factors with their optimizer state.
+    """What was found for one layer: what is kept of its basis, or its new factors with their optimizer state.
 
     Neither of a factored layer that stays as it is.
 
@@ -62,19 +62,54 @@ class Outcome:
         return replace(self, factors=Factors(u, sigma, vh), state=state)
 
 
-class Expected(Protocol):
-    """Makes the outcome that another process found, with unset tensors to receive it into."""
+class Finder(Protocol):
+    """Finds outcomes of layers, in a process alone or in its share of several."""
 
-    def __call__(self, name: str, stability: float, rank: int, broken: bool) -> Outcome:
-        """The outcome of a layer; `rank` 0 means that it stays dense, or factored as it is."""
+    def jobs(self, names: list[str]) -> list[Job]:
+        """The decompositions that these layers take."""
+
+    def gather(self, names: list[str], mine: set[str]) -> None:
+        """Called by every process before the layers of a round are decomposed: all names, and those of this process."""
+
+    def found(self, names: list[str]) -> Iterator[Outcome]:
+        """The outcomes of these layers, computed by this process."""
+
+    def release(self) -> None:
+        """Free what was gathered."""
+
+    def expected(self, name: str, stability: float, rank: int, broken: bool) -> Outcome:
+        """The outcome that another process found, with unset tensors to receive it into.
+
+        `rank` 0 means that the layer stays dense, or factored as it is.
+        """
 
 
-def exchanged(
+def found_by_all(processes: Processes, names: list[str], finder: Finder) -> Iterator[Outcome]:
+    """The outcome of every layer: each is computed by one process and sent to the others, which all call this.
+
+    Raises:
+        Exception: what kept this process from finding the outcomes of its share.
+        RuntimeError: another process failed.
+    """
+    for shares in processes.rounds(finder.jobs(names)):
+        mine = [job.name for job, owner in shares if owner == processes.index]
+        finder.gather([job.name for job, _ in shares], set(mine))
+        found: dict[str, Outcome] = {}
+        failure = None
+        try:
+            found = {outcome.name: outcome for outcome in finder.found(mine)}
+        except Exception as error:  # raised below, when the other processes know of it
+            failure = error
+        finder.release()
+        yield from _exchanged(processes, shares, found, failure, finder)
+
+
+def _exchanged(
     processes: Processes,
     shares: Sequence[tuple[Job, int]],
     found: Mapping[str, Outcome],
     failure: Exception | None,
-    expected: Expected,
+    finder: Finder,
 ) -> list[Outcome]:
     """The outcomes of all processes: first four numbers for each, then each tensor once, from the one that computed it.
 
@@ -83,7 +118,7 @@ def exchanged(
         shares: jobs of one round with their owners.
         found: the outcomes that this process owns, by name.
         failure: what kept this process from finding them all.
-        expected: for outcomes of other processes.
+        finder: says what outcomes of other processes look like.
 
     Returns:
         Outcomes in the order of the shares, with the same tensors, bit for bit, in every process.
@@ -108,7 +143,7 @@ def exchanged(
                 "Go back to the last checkpoint."
             )
     outcomes = [
-        found.get(job.name) or expected(job.name, stability, int(rank), bool(broken))
+        found.get(job.name) or finder.expected(job.name, stability, int(rank), bool(broken))
         for (job, _), (_, stability, rank, broken) in zip(shares, rows, strict=True)
     ]
     messages = [outcome.message(processes.device) for outcome in outcomes]

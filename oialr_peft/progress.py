@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from oialr_peft.distributed import is_main_process
 
 if TYPE_CHECKING:
-    from oialr_peft.controller import OIALRUpdate
+    from oialr_peft.update import OIALRUpdate
 
 PATIENCE = 1.0  # seconds after which a bar appears
 _NAMED = 3  # layers that a line calls by name

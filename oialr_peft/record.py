@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from oialr_peft.card import SavedLayer
 from oialr_peft.checkpoints import read_json
-from oialr_peft.controller import OIALRUpdate
+from oialr_peft.update import OIALRUpdate
 from oialr_peft.values import is_count, is_index, is_number
 from oialr_peft.writing import replacing
 

@@ -28,9 +28,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from oialr_peft.card import Run, write_adapter_card
 from oialr_peft.checkpoints import check_adapter_directory, tensors_in
 from oialr_peft.config import OIALRConfig
-from oialr_peft.controller import OIALRController, config_of
+from oialr_peft.controller import OIALRController
 from oialr_peft.layer import OIALRLinear
-from oialr_peft.model import active_adapter, adapter_layers, outside_layers, saved_model
+from oialr_peft.model import active_adapter, adapter_layers, config_of, outside_layers, saved_model
 from oialr_peft.record import (
     STATE_FIELDS,
     RunRecord,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +16,9 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import oialr_peft.controller as controller_module
 from oialr_peft import OIALRConfig, OIALRController, decompositions, factorize
 from oialr_peft.model import adapter_layers
-from oialr_peft.moments import OptimizerSlots, is_moment, moments_of
+from oialr_peft.moments import OptimizerSlots
 
 SHAPES = [(12, 8), (10, 12), (9, 10), (4, 9)]  # (out, in): tall, wide, nearly square
 STEPS = 120
@@ -566,75 +564,6 @@ def test_a_check_of_dense_layers_waits_for_an_accelerator_no_more_often_with_mor
     assert reads[2] == reads[6]
 
 
-# ---- what a process expects of another -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("storage", "shrink", "dtype", "make"),
-    [
-        ("full", "physical", torch.float32, torch.optim.AdamW),
-        ("bf16", "mask", torch.float32, torch.optim.AdamW),
-        ("sketch", "physical", torch.bfloat16, torch.optim.AdamW),
-        ("sketch", "mask", torch.float32, torch.optim.Adadelta),
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-@pytest.mark.filterwarnings("ignore:The state that Adadelta keeps:UserWarning")
-@pytest.mark.parametrize("basis", ["axes", "singular"])
-def test_what_another_process_found_has_the_expected_form(basis, storage, shrink, dtype, make):
-    """Tensors are received into what `_expected` makes of a name, a Stability and a rank."""
-    model = nn.Sequential(nn.Linear(140, 150, dtype=dtype), nn.Tanh(), nn.Linear(150, 7, dtype=dtype))
-    config = OIALRConfig(
-        target_modules=["0", "2"],
-        update_every=1,
-        delay=3,
-        layers_per_update=0.5,
-        stability_threshold=0.01,
-        stability_storage=storage,
-        shrink=shrink,
-        cutoff=0.9,
-        sigma_basis=basis,
-    )
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    optimizer = make([p for p in model.parameters() if p.requires_grad])
-    controller = OIALRController(model, optimizer, total_steps=5)
-    x = torch.randn(8, 140, dtype=dtype)
-    kinds = set()
-    for step in range(1, 6):
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        controller._steps, slots = step, OptimizerSlots(optimizer)
-        names, due = list(controller.layers), {"2"}
-        for outcome in controller._found_here(names, due, slots):
-            rank = 0 if outcome.factors is None else outcome.factors.rank
-            found = outcome.name, outcome.stability or 0.0, rank, outcome.broken
-            expected = controller._expected(*found, due=due, slots=slots)
-            assert form_of(expected) == form_of(outcome)
-            kinds.add((rank > 0, outcome.rank_before is not None, outcome.stability is not None))
-        controller._steps -= 1
-        controller.step()
-    kept = {(False, False, measured) for measured in (False, True)}
-    frozen = {(True, due, True) for due in (False, True)}
-    if basis == "singular":
-        assert kinds == kept | frozen | {(True, due, False) for due in (False, True)}
-    else:  # a layer that loses no direction stays as it is
-        assert kinds >= kept | frozen | {(False, True, False)}
-
-
-def form_of(outcome):
-    """Everything but the values of tensors."""
-    tensors = [outcome.kept, *(outcome.factors or ()), *moments_of(outcome.state or {})]
-    scalars = {key: value for key, value in (outcome.state or {}).items() if not is_moment(value)}
-    return (
-        outcome.name,
-        outcome.stability,
-        [tensor is not None and (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors],
-        outcome.state is not None and (list(outcome.state), scalars),
-        outcome.rank_before,
-    )
-
-
 # ---- small rules -----------------------------------------------------------------------------------------------------
 
 
@@ -643,26 +572,6 @@ def controlled(settings=None, optimizer=None, base=None, **options):
     optimizer = optimizer or (lambda p: torch.optim.SGD(p, lr=0.01))
     optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
     return model, optimizer, OIALRController(model, optimizer, total_steps=STEPS, **options)
-
-
-@pytest.mark.parametrize("error", [0.0, 0.03])
-def test_a_layer_freezes_when_its_stability_less_two_errors_reaches_the_threshold(monkeypatch, error):
-    _, _, controller = controlled({"delay": 0, "stability_threshold": 0.9, "stability_storage": "sketch"})
-    monkeypatch.setattr(controller_module, "stability_error", lambda *of: {(0.95, (3, 4), "sketch"): error}[of])
-    found = SimpleNamespace(name="0", shape=(3, 4))
-    assert controller._freezes(found, 0.95, 1.0) is (error == 0.0)
-    assert controller._freezes(found, None, 1.0) is False
-
-
-def test_rounding_never_takes_stability_out_of_its_range(monkeypatch):
-    model, optimizer, controller = controlled({"delay": 100})
-    train(model, optimizer, 5, controller)
-    values = iter([1 + 1e-9, -1 - 1e-9, 0.5, -0.5])
-    monkeypatch.setattr(
-        controller_module, "stability_of_kept", lambda *_: torch.tensor(next(values), dtype=torch.float64)
-    )
-    train(model, optimizer, 5, controller)
-    assert sorted(controller.history[-1].stability.values()) == [-1.0, -0.5, 0.5, 1.0]
 
 
 def test_the_learning_rate_of_the_layers_weighs_the_steps_and_not_that_of_other_parameters():

@@ -38,6 +38,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.testing import assert_close
 
+import oialr_peft.check as check_module
 import oialr_peft.controller as controller_module
 import oialr_peft.distributed as distributed_module
 from oialr_peft import OIALRConfig, OIALRController
@@ -235,7 +236,7 @@ def train_and_count(settings, width: int, steps: int) -> list[dict]:
     layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(4)))
     model = get_peft_model(layers, OIALRConfig(pretraining=True, target_modules="all-linear", **settings))
     wrapped = DistributedDataParallel(model)
-    real_broadcast, real_reduce, real_decompose = dist.broadcast, dist.all_reduce, controller_module.decompose
+    real_broadcast, real_reduce, real_decompose = dist.broadcast, dist.all_reduce, check_module.decompose
     counted = {"gradient": 0, "sent": 0, "agreed": 0, "tensors": 0, "decomposed": 0}
 
     def hook(state, bucket):
@@ -264,7 +265,7 @@ def train_and_count(settings, width: int, steps: int) -> list[dict]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed_module.dist, "broadcast", broadcast)
         patch.setattr(distributed_module.dist, "all_reduce", all_reduce)
-        patch.setattr(controller_module, "decompose", decompose)
+        patch.setattr(check_module, "decompose", decompose)
         for _ in range(steps):
             counted.update(dict.fromkeys(counted, 0))
             wrapped(torch.randn(8, width)).square().mean().backward()
@@ -273,7 +274,9 @@ def train_and_count(settings, width: int, steps: int) -> list[dict]:
             controller.step()
             ranks = [layer.rank("default") for layer in adapter_layers(model).values()]
             dense = [layer.is_dense("default") for layer in adapter_layers(model).values()]
-            records.append({**counted, "ranks": ranks, "dense": dense, "trainable": controller._count_trainable()})
+            records.append(
+                {**counted, "ranks": ranks, "dense": dense, "trainable": controller._trained.count_trainable()}
+            )
     return records
 
 
@@ -579,7 +582,7 @@ def train_with_fault(fault: str) -> None:
             def failing(weights):
                 raise torch.linalg.LinAlgError("it did not converge")
 
-            controller_module.decompose = failing
+            check_module.decompose = failing
         if faulty and fault == "check missed":
             continue
         if faulty and fault == "killed":

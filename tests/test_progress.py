@@ -14,8 +14,8 @@ from test_trainer import trained
 from transformers.utils import logging as transformers_logging
 
 from oialr_peft import OIALRConfig, OIALRController, progress
-from oialr_peft.controller import OIALRUpdate
 from oialr_peft.model import adapter_layers
+from oialr_peft.update import OIALRUpdate
 
 STEPS, EVERY = 12, 3
 
