@@ -34,6 +34,7 @@ from torch.testing import assert_close
 
 import oialr_peft.distributed as distributed_module
 from oialr_peft import OIALRConfig, OIALRController
+from oialr_peft.check import Check
 from oialr_peft.model import adapter_layers
 
 # ---- equality --------------------------------------------------------------------------------------------------------
@@ -158,15 +159,15 @@ def test_processes_with_sharded_parameters_stay_equal_in_half_precision(two, set
 def train_and_watch_gathers(settings) -> tuple[int, list[int]]:
     """The number of target layers, and how many a process holds whole at once."""
     held = []
-    original = OIALRController._found_here
+    original = Check.found
 
-    def watching(self, names, due, slots):
-        held.append(len(self._whole))
-        return original(self, names, due, slots)
+    def watching(self, names):
+        held.append(len(self.trained._whole))
+        return original(self, names)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed_module, "WORKSPACE_BYTES", 1)
-        patch.setattr(OIALRController, "_found_here", watching)
+        patch.setattr(Check, "found", watching)
         layers = len(train(settings, {"fsdp": {}})["weights"])
     return layers, held
 
