@@ -9,6 +9,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -38,6 +40,19 @@ def base_model(name: str, layers: int | None, hidden: int | None) -> PreTrainedM
     if name == "gpt2":
         width = hidden or 768
         return GPT2LMHeadModel(GPT2Config(n_layer=layers or 12, n_embd=width, n_head=max(1, width // 64)))
+    if name == "gemma-270m":
+        width = hidden or 640
+        return Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                vocab_size=262_144,
+                hidden_size=width,
+                intermediate_size=16 * width // 5,
+                num_hidden_layers=layers or 18,
+                num_attention_heads=4,
+                num_key_value_heads=1,
+                head_dim=256,
+            )
+        )
     width = hidden or 2048
     heads = max(1, width // 64)
     return LlamaForCausalLM(

@@ -3,11 +3,11 @@
 A step is forward, backward, optimizer.step, zero_grad and what the method does besides (AdaLoRA's budget, OIALR's
 controller). Peak memory holds parameters, gradients, optimizer state and activations of the model alone: on a CPU every
 tensor that is alive, counted exactly in an extra step; on a GPU what the allocator reports. Models are made from
-configurations: `bert` (BERT-base, 2 classes), `gpt2` (GPT-2 small), `llama-1b` (Llama-3.2-1B).
+configurations: `bert` (BERT-base, 2 classes), `gpt2` (GPT-2 small), `gemma-270m` (Gemma-3 270M), `llama-1b` (Llama-3.2-1B).
 
 All methods adapt all linear layers but the head. OIALR is factored from the start at a quarter of full rank; OSF trains
-a quarter of its directions. The row "still dense" has OIALR's first phase, without the stored bases, whose size
-`stability_storage.py` shows. No check of OIALR falls into the steps that are timed; `checks.py` has their cost. Weights
+a quarter of its directions. The rows "still dense" have OIALR's first phase, without the stored bases, whose size
+`stability_storage.py` shows; "r/k=1" is what a pretrained model comes to that needs all of its directions. No check of OIALR falls into the steps that are timed; `checks.py` has their cost. Weights
 are in float32; another `--dtype` is that of autocast.
 """
 
@@ -37,6 +37,8 @@ CONFIGS: dict[str, Callable[..., PeftConfig] | None] = {
     "OSF 1/4 trained": lambda fan_in_fan_out, **options: OSFConfig(effective_rank=0.75, **options),
     "PSOFT r=64": lambda **options: PsoftConfig(r=64, psoft_svd="lowrank", **options),
     "OIALR r/k=1/4": lambda fan_in_fan_out, **options: OIALRConfig(**FACTORED, **options),
+    "OIALR r/k=1": lambda fan_in_fan_out, **options: OIALRConfig(freeze_when="delay", delay=0, **options),
+    "OIALR still dense": lambda fan_in_fan_out, **options: OIALRConfig(**options),
     "OIALR residual r/k=1/4": lambda fan_in_fan_out, **options: OIALRConfig(residual=True, init_rank=0.25, **options),
     "OIALR r/k=1/4, pretraining": lambda fan_in_fan_out, **options: OIALRConfig(
         **FACTORED, pretraining=True, **options
@@ -94,7 +96,9 @@ def adapted(model: Any) -> bool:
 
 def main() -> None:
     arguments = parser(__doc__, repeats=15)
-    arguments.add_argument("--model", choices=["bert", "gpt2", "llama-1b"], default="bert", help="default bert")
+    arguments.add_argument(
+        "--model", choices=["bert", "gpt2", "gemma-270m", "llama-1b"], default="bert", help="default bert"
+    )
     arguments.add_argument("--layers", type=int, help="depth (default: the model's)")
     arguments.add_argument("--hidden", type=int, help="width (default: the model's)")
     arguments.add_argument("--batch", type=int, default=8, help="sequences (default 8)")

@@ -203,7 +203,7 @@ def test_layer_compares_all_routes_in_every_cell_and_says_what_it_skips():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["bert", "gpt2", "llama-1b"])
+@pytest.mark.parametrize("model", ["bert", "gpt2", "gemma-270m", "llama-1b"])
 def test_step_has_a_row_for_every_method(model):
     output = run("step.py", *BERT, "--model", model, "--batch", 2, "--length", 8)
     (rows,) = tables(output)
