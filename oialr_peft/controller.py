@@ -324,6 +324,31 @@ class OIALRController:
             name = names[int(first)] if first < len(names) else None
         return name
 
+    def _require_loaded_weights(self) -> None:
+        name = self._first_not_finite()
+        if name is not None:
+            raise ValueError(
+                f"The adapter's weight of `{name}` holds NaN or Inf. If its configuration was read from a saved "
+                "adapter, load the weights too (PeftModel.from_pretrained), or set `rank_pattern` and "
+                "`format_version` to None to start a new adapter."
+            )
+
+    def _warn_if_little_is_pruned(self, update: OIALRUpdate) -> None:
+        """Warn after the first Σ update of all layers when the bound keeps so much that training gets no smaller."""
+        bounded = self.config.max_output_loss is not None and not self.config.residual
+        earlier = any(len(past.ranks) == len(self.layers) for past in self.history[:-1])
+        if not bounded or earlier or len(update.ranks) < len(self.layers):
+            return
+        full = sum(layer.full_rank[self.adapter_name] for layer in self.layers.values())
+        kept = sum(after for _, after in update.ranks.values()) / full
+        if kept > LITTLE_PRUNED:
+            warnings.warn(
+                f"All layers are factored, and `max_output_loss={self.config.max_output_loss:g}` keeps {kept:.0%} of their "
+                "directions, so training gets neither faster nor smaller. Pretrained language models are like this: use "
+                "`residual=True` with an `init_rank` for them. Otherwise raise `max_output_loss`.",
+                stacklevel=3,
+            )
+
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -416,30 +441,7 @@ class OIALRController:
             )
         self._trained.match(json.loads(file.read_text(encoding="utf-8")))
 
-    def _require_loaded_weights(self) -> None:
-        name = self._first_not_finite()
-        if name is not None:
-            raise ValueError(
-                f"The adapter's weight of `{name}` holds NaN or Inf. If its configuration was read from a saved "
-                "adapter, load the weights too (PeftModel.from_pretrained), or set `rank_pattern` and "
-                "`format_version` to None to start a new adapter."
-            )
-
-    def _warn_if_little_is_pruned(self, update: OIALRUpdate) -> None:
-        """Warn after the first Σ update of all layers when the bound keeps so much that training gets no smaller."""
-        bounded = self.config.max_output_loss is not None and not self.config.residual
-        earlier = any(len(past.ranks) == len(self.layers) for past in self.history[:-1])
-        if not bounded or earlier or len(update.ranks) < len(self.layers):
-            return
-        full = sum(layer.full_rank[self.adapter_name] for layer in self.layers.values())
-        kept = sum(after for _, after in update.ranks.values()) / full
-        if kept > LITTLE_PRUNED:
-            warnings.warn(
-                f"All layers are factored, and `max_output_loss={self.config.max_output_loss:g}` keeps {kept:.0%} of their "
-                "directions, so training gets neither faster nor smaller. Pretrained language models are like this: use "
-                "`residual=True` with an `init_rank` for them. Otherwise raise `max_output_loss`.",
-                stacklevel=3,
-            )
+    # ---- what is reported --------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
         """The figures of the last check under the names that trackers show.
