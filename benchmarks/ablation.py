@@ -26,7 +26,7 @@ from pretraining import AfterStep, adamw, compare, described, train
 from torch import Size, Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from oialr_peft import controller, learning_rate
+from oialr_peft import check, learning_rate
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.moments import is_moment, transport_state
 
@@ -110,7 +110,7 @@ def one(job: Job) -> dict[str, Any]:
     scale = SIGMA_LR[settings.pop("sigma_lr", "norm")]
     optimizer_of = muon if optimizer == "muon" else adamw if decays else without_sigma_decay
     with (
-        mock.patch.object(controller, "transport_state", transport),
+        mock.patch.object(check, "transport_state", transport),
         mock.patch.object(learning_rate, "norm_scale", scale),
     ):
         return {**described(job), **train(method, settings, seed, args, optimizer_of)}

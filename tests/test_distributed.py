@@ -43,6 +43,7 @@ import oialr_peft.controller as controller_module
 import oialr_peft.distributed as distributed_module
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.basis import SKETCH_COLUMNS
+from oialr_peft.check import Check
 from oialr_peft.distributed import Job, Processes, longest_first
 from oialr_peft.model import adapter_layers
 
@@ -725,14 +726,14 @@ def test_a_process_killed_in_a_save_leaves_a_checkpoint_that_resumes_exactly(two
 
 
 def kill_in_check(directory) -> None:
-    original = OIALRController._found_here
+    original = Check.found
 
-    def dying(self, names, due, slots):
-        if self.steps == 8 and dist.get_rank() == 1:
+    def dying(self, names):
+        if self.step == 8 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, names, due, slots)
+        return original(self, names)
 
-    OIALRController._found_here = dying
+    Check.found = dying
     run_trainer(directory)
 
 
