@@ -7,8 +7,8 @@ configurations: `bert` (BERT-base, 2 classes), `gpt2` (GPT-2 small), `gemma-270m
 
 All methods adapt all linear layers but the head. OIALR is factored from the start at a quarter of full rank; OSF trains
 a quarter of its directions. The rows "still dense" have OIALR's first phase, without the stored bases, whose size
-`stability_storage.py` shows; "r/k=1" is what a pretrained model comes to that needs all of its directions. No check of OIALR falls into the steps that are timed; `checks.py` has their cost. Weights
-are in float32; another `--dtype` is that of autocast.
+`stability_storage.py` shows; "r/k=1" is what a pretrained model comes to that needs all of its directions. No check of
+OIALR falls into the steps that are timed; `checks.py` has their cost. Weights are in float32; another `--dtype` is that of autocast.
 """
 
 from __future__ import annotations

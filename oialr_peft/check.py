@@ -77,7 +77,9 @@ class Check:
         self.trained.release()
 
     def found(self, names: list[str]) -> Iterator[Outcome]:
-        """The outcomes of these layers, computed by this process; the host waits twice per batch of decompositions.
+        """The outcomes of these layers, computed by this process.
+
+        The host waits a few times for each batch of decompositions, however many layers are in it.
 
         Raises:
             ValueError: a layer's Σ would hold Inf, because its dtype cannot hold a singular value.

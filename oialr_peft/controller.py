@@ -212,7 +212,6 @@ class OIALRController:
         reshard_idle(self.model)
         names, slots = list(self.layers), OptimizerSlots(self.optimizer)
         with torch.no_grad(), torch.autocast(self._trained.device.type, enabled=False):
-            bases.add_up()
             turned = sum(outcome.factors is not None for outcome in self._applied(bases, names, slots))
         refresh_reducers(self.model)
         bases.close()

@@ -44,11 +44,6 @@ class GradientBases:
             entries = -int(*processes.smallest([-entries]))
         return entries == 0
 
-    def add_up(self) -> None:
-        """Add the gradients of all processes up; each of them calls this."""
-        if self._processes is not None:
-            self._processes.add_up(self._probes.sketches())
-
     def forget(self) -> None:
         """Start again, after a step that did not count."""
         self._probes.forget()
@@ -59,17 +54,17 @@ class GradientBases:
 
     def jobs(self, names: list[str]) -> list[Job]:
         """The decompositions that these layers take."""
-        jobs = []
-        for name in names:
-            layer, parameter = self.trained.layers[name], self.trained.parameters[name]
-            jobs.append(Job(name, (layer.out_features, layer.in_features), compute_dtype(parameter).itemsize))
-        return jobs
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in self.trained.layers.items()}
+        parameters = self.trained.parameters
+        return [Job(name, shapes[name], compute_dtype(parameters[name]).itemsize) for name in names]
 
     def gather(self, names: list[str], mine: set[str]) -> None:
-        """Nothing: what was recorded is whole on every process."""
+        """Add what the processes have recorded of these layers up."""
+        if self._processes is not None:
+            self._processes.add_up(self._probes.sketches(names))
 
     def release(self) -> None:
-        """Nothing."""
+        """Nothing: what was recorded is freed by `close`."""
 
     def found(self, names: list[str]) -> Iterator[Outcome]:
         """For each layer with a finite gradient other than zero, its leading directions beside a core of zeros."""

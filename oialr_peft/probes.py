@@ -112,9 +112,9 @@ class GradientProbes:
             return None
         return output + self._probes[layer.name].output(arguments[0], layer.form).to(output.dtype)
 
-    def sketches(self) -> list[Tensor]:
-        """What was recorded, for the processes to add up: a change of these tensors counts."""
-        return [sketch for probe in self._probes.values() for sketch in _gradients_of(probe.zeros)]
+    def sketches(self, names: Iterable[str]) -> list[Tensor]:
+        """What was recorded of these layers, for the processes to add up: a change of these tensors counts."""
+        return [sketch for name in names for sketch in _gradients_of(self._probes[name].zeros)]
 
     def usable(self) -> set[str]:
         """The layers whose gradient is finite and not zero; waits for the device once."""
