@@ -24,6 +24,8 @@ def run_checks(args: argparse.Namespace, hidden: int, times: Timings) -> None:
     """
     middle = args.repeats + 2
     options = {"freeze_when": "delay", "delay": middle, "update_every": 1, "init_rank": 0.5, "cutoff": 0.0}
+    if args.prune_by:
+        options["prune_by"] = args.prune_by
     if args.storage:
         options["stability_storage"] = args.storage
     base = base_model("bert", args.layers, hidden).to(args.device)
@@ -76,6 +78,7 @@ def main() -> None:
         "--freezes", type=int, default=2, help="models trained per width, one freeze each (default 2)"
     )
     arguments.add_argument("--storage", help="stability_storage of the run (default: the method's)")
+    arguments.add_argument("--prune-by", help="prune_by of the run (default: the method's)")
     args = arguments.parse_args()
     start(args)
     rows = []

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from oialr_peft.basis import kept_of, kept_shape, stability_error, stability_of_kept
 from oialr_peft.decompositions import Decomposition, decompose
-from oialr_peft.distributed import Job
-from oialr_peft.factors import Rotation, bounded_rank, changed, compute_dtype, not_finite, require_in_range
-from oialr_peft.inputs import RecentInputs
+from oialr_peft.distributed import Job, Processes
+from oialr_peft.factors import Change, Rotation, bounded_rank, changed, compute_dtype, not_finite, require_in_range
+from oialr_peft.inputs import RecentInputs, RecentOutputs
 from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, is_transportable, transport_state
 from oialr_peft.movement import Movement
 from oialr_peft.outcome import Outcome
-from oialr_peft.pruning import UNKNOWN, count_to_keep, output_energies
+from oialr_peft.pruning import UNKNOWN, Needed, needed_of_outputs, needed_of_weight, output_energies
 from oialr_peft.schedule import Schedule, rank_of
 from oialr_peft.sharding import shaped_as_whole
 from oialr_peft.trained_layers import TrainedLayers
@@ -37,7 +37,8 @@ class Check:
         due: names of the layers that take part in the Σ update.
         bases: what was kept of the bases of dense layers, by name; it may change while outcomes are used.
         movement: how far bases have moved.
-        recent: inputs of the layers, to bound what is removed; `None` without a bound.
+        processes: that train the model together; `None` when it is one alone.
+        recent: what layers were given before the check; `None` when the pruning rule does not ask for it.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class Check:
         due: Collection[str],
         bases: Mapping[str, Tensor],
         movement: Movement,
-        recent: RecentInputs | None,
+        processes: Processes | None,
+        recent: RecentInputs | RecentOutputs | None,
     ) -> None:
         self.trained = trained
         self.slots = slots
@@ -60,6 +62,7 @@ class Check:
         self.due = frozenset(due)
         self.bases = bases
         self.movement = movement
+        self.processes = processes
         self.recent = recent
 
     def jobs(self, names: list[str]) -> list[Job]:
@@ -68,7 +71,9 @@ class Check:
         return [Job(name, self.trained.shape(name), compute_dtype(parameters[name]).itemsize) for name in names]
 
     def gather(self, names: list[str], mine: set[str]) -> None:
-        """Get the whole tensors of layers that are in shards; see `TrainedLayers.gather`."""
+        """Get the whole tensors of layers that are in shards, and add up which way their outputs went on all processes."""
+        if isinstance(self.recent, RecentOutputs) and self.processes is not None:
+            self.recent.add_up(names, self.processes)
         if self.trained.sharded:
             self.trained.gather(names, mine, self.slots, freezing=self.schedule.may_freeze(self.step))
 
@@ -93,11 +98,11 @@ class Check:
                 for found in decompositions
                 if found.name not in kept or self._freezes(found, stability.get(found.name), intervals_left)
             }
-            ranks = self._ranks_after(rotations)
+            cut = self._cut(rotations)
             broken = self._require_numbers(rotations)
             for name in (found.name for found in decompositions):
                 if name in rotations:
-                    yield self._changed(name, rotations[name].cut(ranks[name]), stability.get(name), name in broken)
+                    yield self._changed(name, cut[name], stability.get(name), name in broken)
                 else:
                     yield Outcome(name, stability.get(name), kept[name])
 
@@ -166,54 +171,61 @@ class Check:
                 require_in_range(rotations[name].singular_values, parameters[name].dtype, name)
         return {key.rpartition(".")[0] for key in found}
 
-    def _ranks_after(self, rotations: dict[str, Rotation]) -> dict[str, int]:
-        """Ranks to keep; those of layers that are not due stay as they are."""
-        assert self.config.max_rank_drop is not None  # set when the configuration is made
-        ranks = {name: rotation.singular_values.numel() for name, rotation in rotations.items()}
-        counted = {
-            name: self._count_to_keep(name, rotation) for name, rotation in rotations.items() if name in self.due
-        }
-        if not counted:
-            return ranks
-        for name, above in zip(counted, torch.stack(list(counted.values())).tolist(), strict=True):
-            layer = self.trained.layers[name]
-            if above == UNKNOWN:
-                warnings.warn(
-                    f"What `{name}` was given in the last step gives outputs of NaN or Inf, so `max_output_loss` cannot be "
-                    "kept: the layer keeps its rank in this check. Look for the batch or the layer that they come from.",
-                    stacklevel=7,
-                )
-                continue
-            ranks[name] = bounded_rank(
-                above,
-                ranks[name],
-                max_rank_drop=self.config.max_rank_drop,
-                min_rank=rank_of(self.config.min_rank, min(layer.out_features, layer.in_features)),
-            )
-        return ranks
+    def _cut(self, rotations: dict[str, Rotation]) -> dict[str, Rotation | Change]:
+        """The way to what is kept of each layer; layers that are not due keep all."""
+        needed = {name: self._needed(name, rotation) for name, rotation in rotations.items() if name in self.due}
+        numbers = torch.stack([found.number for found in needed.values()]).tolist() if needed else []
+        kept: dict[str, Rotation | Change] = dict(rotations)
+        for (name, found), number in zip(needed.items(), numbers, strict=True):
+            rotation, rank = rotations[name], self._bounded(name, number, rotations[name].rank)
+            if found.directions is None:
+                kept[name] = rotation.cut(rank)
+            elif rank < rotation.rank:
+                kept[name] = rotation.onto(found.directions[:, :rank].to(rotation.p.dtype))
+        return kept
 
-    def _count_to_keep(self, name: str, rotation: Rotation) -> Tensor:
-        """How many directions of a layer to keep, by its recent inputs if there is a bound."""
-        assert self.config.cutoff is not None  # set when the configuration is made
-        trained, sample = self.trained, None if self.recent is None else self.recent.samples.get(name)
+    def _needed(self, name: str, rotation: Rotation) -> Needed:
+        """The directions of a layer that are worth keeping, by what was recorded where the rule asks for it."""
+        config, trained, recent = self.config, self.trained, self.recent
+        assert config.cutoff is not None  # set when the configuration is made
+        layer, dense = trained.layers[name], trained.is_dense(name)
+        if isinstance(recent, RecentOutputs):
+            of_outputs = dense and layer.out_features < layer.in_features
+            recorded = recent.recorded.get(name)
+            return needed_of_outputs(rotation, config.cutoff, config.max_output_loss, recorded, of_outputs=of_outputs)
+        sample = None if recent is None else recent.samples.get(name)
         measured = None
         if sample is not None and sample.numel() > 0:
-            layer, factors = trained.layers[name], None if trained.is_dense(name) else trained.factors(name)
             # the base weights of sharded layers are on other processes
             with_base = layer.residual[trained.adapter_name] and not trained.sharded
+            factors = None if dense else trained.factors(name)
             measured = output_energies(layer, rotation, factors, sample, with_base=with_base)
-        return count_to_keep(rotation.singular_values, self.config.cutoff, self.config.max_output_loss, measured)
+        return needed_of_weight(rotation.singular_values, config.cutoff, config.max_output_loss, measured)
 
-    def _changed(self, name: str, rotation: Rotation, stability: float | None, broken: bool) -> Outcome:
-        """New factors and optimizer state of a layer whose trained matrix has the SVD `rotation`, cut to the new rank."""
+    def _bounded(self, name: str, needed: int, rank: int) -> int:
+        """The rank to keep of this one when so many directions are needed."""
+        assert self.config.max_rank_drop is not None  # set when the configuration is made
+        if needed == UNKNOWN:
+            warnings.warn(
+                f"Recent inputs of `{name}` give outputs of NaN or Inf, so what pruning would remove of them is unknown: the "
+                "layer keeps its rank in this check. Look for the batch or the layer that they come from.",
+                stacklevel=8,
+            )
+            return rank
+        layer = self.trained.layers[name]
+        min_rank = rank_of(self.config.min_rank, min(layer.out_features, layer.in_features))
+        return bounded_rank(needed, rank, max_rank_drop=self.config.max_rank_drop, min_rank=min_rank)
+
+    def _changed(self, name: str, cut: Rotation | Change, stability: float | None, broken: bool) -> Outcome:
+        """New factors and optimizer state of a layer, from the way of its trained matrix to what is kept of it."""
         trained, to_axes = self.trained, self.config.sigma_basis == "axes"
         old = trained.parameters[name]
         rank_before = trained.rank_before_update(name) if name in self.due else None
         factors = None if trained.is_dense(name) else trained.factors(name)
-        if to_axes and factors is not None and factors.rank == rotation.singular_values.numel():
+        if to_axes and factors is not None and factors.rank == cut.rank:
             # nothing is dropped, and the axes are the same
             return Outcome(name, factors=factors if broken else None, rank_before=rank_before, broken=broken)
-        change = rotation.to_axes(factors) if to_axes else rotation.to_diagonal()
+        change = cut.to_axes(factors) if to_axes else cut.to_diagonal()
         new = change.to_factors(old.dtype) if factors is None else changed(factors, change)
         if broken:
             return Outcome(name, stability, None, new, None, rank_before, broken=True)

@@ -24,6 +24,7 @@ Shrink = Literal["physical", "mask"]
 SigmaBasis = Literal["axes", "singular"]
 SigmaScale = Literal["norm", "restart"]
 InitBasis = Literal["weight", "gradient"]
+PruneBy = Literal["weight", "outputs"]
 Bias = Literal["none", "all", "oialr_only"]
 
 # what a model card shows of the settings
@@ -39,6 +40,7 @@ CARD_SETTINGS = (
     "update_every",
     "cutoff",
     "max_output_loss",
+    "prune_by",
     "layers_per_update",
     "max_rank_drop",
     "min_rank",
@@ -106,6 +108,9 @@ class OIALRConfig(PeftConfig):
         max_output_loss: largest share of a layer's output energy on recent inputs, in [0, 1), that one Σ update may
             remove. `None` means no bound where `cutoff` is given, the paper's rule alone. When neither is given, it
             means 0.003 with `pretraining`, no bound with `residual`, and otherwise 0.00005.
+        prune_by: which directions are dropped: singular ones of the `"weight"`, in the order of σ, as the paper does; or
+            principal ones of the `"outputs"` on recent inputs, each output scaled to length 1, in the order of what they
+            give. `cutoff` and `max_output_loss` are then of those.
         max_rank_drop: largest share of a rank lost in one update, in (0, 1]. `None` means 0.1 with a bound `max_output_loss`,
             otherwise 0.5.
         sigma_lr_scale: learning rate of Σ (r, r) over that of its parameter group, > 0; `"norm"` is √(m n) / r, with which
@@ -198,6 +203,12 @@ class OIALRConfig(PeftConfig):
         metadata={
             "help": "Largest share of a layer's output energy that one update may remove; None: no bound beside a "
             "cutoff or if residual, else 0.003 if pretraining, 0.00005 if not."
+        },
+    )
+    prune_by: str = field(
+        default="weight",
+        metadata={
+            "help": 'Directions that are dropped: singular ones of the "weight", or principal ones of the "outputs".'
         },
     )
     max_rank_drop: float | None = field(
@@ -396,6 +407,7 @@ class OIALRConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be True or False, but is {value!r}. Choose one of the two.")
         self._check_choice("init_basis", get_args(InitBasis))
         self._check_choice("freeze_when", get_args(FreezeWhen))
+        self._check_choice("prune_by", get_args(PruneBy))
         self._check_choice("stability_storage", get_args(StabilityStorage))
         self._check_choice("shrink", get_args(Shrink))
         if self.sigma_basis is not None:

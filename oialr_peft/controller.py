@@ -37,7 +37,7 @@ from oialr_peft.config import OIALRConfig
 from oialr_peft.distributed import Processes, refresh_reducers, refuse_join, require_supported_engine
 from oialr_peft.factors import DTYPES, first_not_finite, not_finite_error, require_finite
 from oialr_peft.gradient_bases import GradientBases
-from oialr_peft.inputs import RecentInputs
+from oialr_peft.inputs import recorder_of
 from oialr_peft.layer import OIALRLinear
 from oialr_peft.learning_rate import SigmaLearningRate
 from oialr_peft.moments import OptimizerSlots
@@ -123,7 +123,7 @@ class OIALRController:
         self._bases: dict[str, Tensor] = {}
         self._reset_warned = False
         self._movement = Movement()
-        self._recent = None if self.config.max_output_loss is None else RecentInputs(self.layers.values())
+        self._recent = recorder_of(self.config, self.layers, adapter_name)
         if self._recent is not None:
             weakref.finalize(self, self._recent.close)
         # its learning rate stands for that of all layers, which schedules move alike
@@ -162,8 +162,12 @@ class OIALRController:
         if self._step_was_skipped():
             if self._gradient_bases is not None:
                 self._gradient_bases.forget()
+            if self._recent is not None:
+                self._recent.forget_step()
             return None
         self._steps += 1
+        if self._recent is not None:
+            self._recent.count_step()
         if self._gradient_bases is not None:
             self._turn_to_gradients(self._gradient_bases)
         rate = self.optimizer.param_groups[self._group]["lr"]
@@ -237,6 +241,7 @@ class OIALRController:
             due=due,
             bases=self._bases,
             movement=self._movement,
+            processes=self._processes,
             recent=self._recent,
         )
         outcomes = {}
@@ -289,10 +294,12 @@ class OIALRController:
     # ---- before and after a check ------------------------------------------------------------------------------------
 
     def _record_before_check(self) -> None:
-        """Record the inputs of the next step if a check follows it."""
+        """Record the next step if a check follows soon; begin anew after one."""
         if self._recent is not None:
-            self._recent.forget()
-            self._recent.recording = self.schedule.is_check(self._steps + 1) and self._may_truncate(self._steps + 1)
+            if self.schedule.is_check(self._steps):
+                self._recent.forget()
+            check = self.schedule.next_check(self._steps)
+            self._recent.recording = check - self._steps <= self._recent.steps and self._may_truncate(check)
 
     def _may_truncate(self, step: int) -> bool:
         """Whether a check at `step` could find a layer to truncate."""
@@ -359,6 +366,7 @@ class OIALRController:
             "bases": dict(self._bases),
             "movement": self._movement.state_dict(),
             **self._sigma_rate.state_dict(),
+            **({} if self._recent is None else self._recent.state_dict()),
             "history": [asdict(update) for update in self.history],
         }
 
@@ -393,6 +401,8 @@ class OIALRController:
                     "Resume with the setting of the first run."
                 )
         require_finite(state_dict["bases"])
+        if self._recent is not None:
+            self._recent.require_fitting(state_dict)
         self._steps = int(state_dict["steps"])
         if self._gradient_bases is not None and self._steps > 0:  # made before the weights were loaded
             self._gradient_bases.close()
@@ -405,6 +415,8 @@ class OIALRController:
             name: basis if self.config.stability_storage == "cpu" else basis.to(self._trained.device)
             for name, basis in state_dict["bases"].items()
         }
+        if self._recent is not None:
+            self._recent.load_state_dict(state_dict, self._trained.device)
         self._record_before_check()
         self.history = [
             OIALRUpdate(**{**update, "ranks": {name: (r[0], r[1]) for name, r in update["ranks"].items()}})

@@ -204,12 +204,33 @@ class Change(NamedTuple):
     core: Tensor  # (r, r)
     q: Tensor  # (n, r), orthonormal columns
 
+    @property
+    def rank(self) -> int:
+        """The number of directions after it."""
+        return self.core.shape[0]
+
     def to_factors(self, dtype: torch.dtype) -> Factors:
         """The factors that take the place of a dense weight, in `dtype`; they share no memory with the change."""
         contiguous: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
         return Factors(
             self.p.to(dtype, **contiguous), self.core.to(dtype, **contiguous), self.q.mT.to(dtype, **contiguous)
         )
+
+    def to_diagonal(self) -> Change:
+        """The change after which the core is diagonal and descending."""
+        found = thin_svd(self.core, "sigma")
+        return Change(self.p @ found.u, torch.diag(found.s), self.q @ found.vh.mT)
+
+    def to_axes(self, factors: Factors | None = None) -> Change:
+        """The change after which U and V are close to coordinate axes, see `axis_rotation`.
+
+        Args:
+            factors: those whose core is changed; `None` when it is a dense weight.
+        """
+        dtype = self.p.dtype
+        u, v = (self.p, self.q) if factors is None else (factors.u.to(dtype) @ self.p, factors.vh.mT.to(dtype) @ self.q)
+        a, b = axis_rotation(u), axis_rotation(v)
+        return Change(self.p @ a, a.mT @ (self.core @ b), self.q @ b)
 
 
 class Rotation(NamedTuple):
@@ -218,6 +239,11 @@ class Rotation(NamedTuple):
     p: Tensor  # (r, r'), orthonormal columns
     singular_values: Tensor  # (r',), descending, ≥ 0
     q: Tensor  # (r, r'), orthonormal columns
+
+    @property
+    def rank(self) -> int:
+        """The number of directions r'."""
+        return self.singular_values.numel()
 
     def cut(self, rank: int) -> Rotation:
         """Only the `rank` largest directions."""
@@ -228,15 +254,18 @@ class Rotation(NamedTuple):
         return Change(self.p, torch.diag(self.singular_values), self.q)
 
     def to_axes(self, factors: Factors | None = None) -> Change:
-        """The change to a basis close to coordinate axes, see `axis_rotation`.
+        """The change after which U and V are close to coordinate axes; see `Change.to_axes`."""
+        return self.to_diagonal().to_axes(factors)
+
+    def onto(self, directions: Tensor) -> Change:
+        """The change that leaves only these directions of the outputs: ``A Aᵀ Σ`` with A = P Z.
 
         Args:
-            factors: those whose core this is the SVD of; `None` for that of a dense weight.
+            directions: Z, (r', r'') orthonormal columns.
         """
-        dtype = self.p.dtype
-        u, v = (self.p, self.q) if factors is None else (factors.u.to(dtype) @ self.p, factors.vh.mT.to(dtype) @ self.q)
-        a, b = axis_rotation(u), axis_rotation(v)
-        return Change(self.p @ a, a.mT @ (self.singular_values[:, None] * b), self.q @ b)
+        # what is left has D Z = H R, so Aᵀ Σ = Rᵀ (Q H)ᵀ
+        right, upper = torch.linalg.qr(self.singular_values[:, None] * directions)
+        return Change(self.p @ directions, upper.mT, self.q @ right)
 
 
 def axis_rotation(columns: Tensor) -> Tensor:

@@ -97,6 +97,10 @@ class Matricization:
         """Outputs as (positions, channels)."""
         return y.reshape(-1, y.shape[-1])
 
+    def patches(self, x: Tensor) -> Tensor:
+        """What the matrix is multiplied with, as (positions, n)."""
+        return x.reshape(-1, self.n)
+
     def sample(self, x: Tensor, positions: int) -> Tensor:
         """Some of the inputs, spread evenly, that give about this many output positions; a copy."""
         rows = x.reshape(-1, self.n)
@@ -197,6 +201,10 @@ class Convolution(Matricization):
     def rows(self, y: Tensor) -> Tensor:
         """Outputs as (positions, channels)."""
         return y.movedim(-1 - self.dimensions, -1).reshape(-1, y.shape[-1 - self.dimensions])
+
+    def patches(self, x: Tensor) -> Tensor:
+        """What the matrix is multiplied with, as (positions, n)."""
+        return self.rows(self.apply(x, torch.eye(self.n, dtype=x.dtype, device=x.device)))
 
     def sample(self, x: Tensor, positions: int) -> Tensor:
         """Some of the images, spread evenly, that give at least this many output positions; a copy."""

@@ -246,7 +246,7 @@ def _is_plain(value: Any) -> bool:
     return not is_number(value) or _is_finite(value)
 
 
-def _is_pair_of_ranks(value: Any) -> bool:
+def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_amount, value))
 
 
@@ -267,7 +267,7 @@ _is_update = _has(
         "step": _is_amount,
         "stability": _is_object(_is_finite),
         "frozen": _is_list(_is_text),
-        "ranks": _is_object(_is_pair_of_ranks),
+        "ranks": _is_object(_is_pair),
         "trainable": _is_amount,
         "total": _is_size,
         "seconds": _is_finite,
@@ -300,5 +300,6 @@ STATE_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "highest_rate": (lambda value: value is None or _is_finite(value), "a finite number"),
     "restarts": (lambda value: value is None or _is_object(_is_scale)(value), "an object of finite numbers > 0"),
+    "positions": (lambda value: value is None or _is_object(_is_pair)(value), "an object of pairs of ints ≥ 0"),
     "history": (_is_list(_is_update), "a list of checks with the fields of OIALRUpdate"),
 }

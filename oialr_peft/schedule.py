@@ -64,6 +64,10 @@ class Schedule:
         """Whether there is a check after optimizer step `step` (1, 2, …)."""
         return step > 0 and step % self.update_every == 0
 
+    def next_check(self, step: int) -> int:
+        """The first step after `step` with a check."""
+        return (step // self.update_every + 1) * self.update_every
+
     def may_freeze(self, step: int) -> bool:
         """Whether any dense layer may be factored in the check at `step`."""
         return step >= self.delay

@@ -169,9 +169,12 @@ class OIALRCallback(TrainerCallback):
         """Write the controller's state to `directory`: tensors as safetensors, everything else as JSON in its header."""
         assert self.controller is not None
         state = self.controller.state_dict()
-        bases = {name: basis.contiguous().cpu() for name, basis in state.pop("bases").items()}
+        tensors = state.pop("bases")
+        for name, covariances in state.pop("covariances", {}).items():
+            tensors[_covariances_key(name)] = covariances
+        tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         with replacing(Path(directory, STATE_NAME)) as unfinished:
-            save_file(bases, unfinished, metadata={"oialr": json.dumps(state)})
+            save_file(tensors, unfinished, metadata={"oialr": json.dumps(state)})
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Continue from the state in `directory`.
@@ -425,7 +428,7 @@ def read_state(file: Path) -> dict[str, Any]:
     with safe_open(file, framework="pt") as stored:
         header = (stored.metadata() or {}).get("oialr", "")
         # copies: a tensor of the file itself would change with it, and keep it on disk after it is deleted
-        bases = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118  (it is no dictionary)
+        tensors = {key: stored.get_tensor(key).clone() for key in stored.keys()}  # noqa: SIM118  (it is no dictionary)
     try:
         state = dict(json.loads(header))
     except (ValueError, TypeError, RecursionError) as error:
@@ -433,7 +436,20 @@ def read_state(file: Path) -> dict[str, Any]:
             f"`{file}` holds no state of a schedule: {error}. Resume from another checkpoint, or get this one again."
         ) from error
     require_fields(state, STATE_FIELDS, file)
-    return {**state, "bases": bases}
+    if state.get("positions") is None:
+        return {**state, "bases": tensors}
+    missing = [name for name in state["positions"] if _covariances_key(name) not in tensors]
+    if missing:
+        raise ValueError(
+            f"`{file}` holds no covariances of {', '.join(missing)}. Resume from another checkpoint, or get this one again."
+        )
+    covariances = {name: tensors.pop(_covariances_key(name)) for name in state["positions"]}
+    return {**state, "bases": tensors, "covariances": covariances}
+
+
+def _covariances_key(name: str) -> str:
+    """A key of the file that no basis has: a layer holds no other layer."""
+    return f"{name}.covariances"
 
 
 def _is_complete(checkpoint: Path) -> bool:

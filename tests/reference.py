@@ -29,6 +29,7 @@ class Settings:
     settle_ratio: float = 1.0
     sigma_lr_scale: float | str = "restart"
     sigma_basis: str | None = None
+    prune_by: str = "weight"
 
     def __post_init__(self):
         if self.sigma_basis is None:
@@ -77,7 +78,9 @@ class Layer:
     sigma: np.ndarray | None = None
     vh: np.ndarray | None = None
     basis: np.ndarray | None = None  # at the previous check
-    inputs: np.ndarray | None = None  # (batch, n) in the last training step
+    recent: list = field(
+        default_factory=list
+    )  # of the steps since the last check: inputs (batch, n), outputs (batch, m)
     travelled: float = 0.0
     restart: float = 1.0  # of the learning rate of sigma, from where it was highest
     way: tuple | None = None  # P and Q from the matrix that was trained, as long as its state has not followed
@@ -147,7 +150,7 @@ class Reference:
             gradients[i] = delta.T @ activations[i]
             delta = (delta @ weights[i]) * (1 - activations[i] ** 2)
         for layer, inputs, gradient in zip(self.layers, activations, gradients):
-            layer.inputs = inputs
+            layer.recent.append((inputs, inputs @ layer.weight(self.settings.residual).T))
             if layer.dense is not None:
                 layer.dense = self.optimizer.step(layer.dense, gradient, layer.state)
             else:
@@ -220,6 +223,7 @@ class Reference:
                     ranks[i] = self.rotate_and_cut(self.layers[i])
         for layer in self.layers:
             self.settle(layer)
+            layer.recent.clear()
         self.history.append((self.steps, stability, frozen, ranks))
 
     def outlook(self, layer, stability):
@@ -233,18 +237,57 @@ class Reference:
         s = self.settings
         p, d, qh = np.linalg.svd(layer.sigma)
         before = len(d)
-        above = int(np.sum(d >= s.cutoff * d[0]))
-        if s.max_output_loss is not None:
-            output = layer.inputs @ (layer.u @ layer.sigma @ layer.vh + (layer.base if s.residual else 0)).T
-            allowed = s.max_output_loss * np.sum(output**2)
-            for needed in range(before + 1):
-                dropped = layer.inputs @ ((layer.u @ p)[:, needed:] @ np.diag(d[needed:]) @ (qh @ layer.vh)[needed:]).T
-                if np.sum(dropped**2) <= allowed:
-                    break
-            above = max(above, needed)
+        if s.prune_by == "outputs":
+            directions, above = self.leading_outputs(layer)
+        else:
+            above = int(np.sum(d >= s.cutoff * d[0]))
+            if s.max_output_loss is not None:
+                inputs, _ = layer.recent[-1]
+                output = inputs @ (layer.u @ layer.sigma @ layer.vh + (layer.base if s.residual else 0)).T
+                allowed = s.max_output_loss * np.sum(output**2)
+                for needed in range(before + 1):
+                    dropped = inputs @ ((layer.u @ p)[:, needed:] @ np.diag(d[needed:]) @ (qh @ layer.vh)[needed:]).T
+                    if np.sum(dropped**2) <= allowed:
+                        break
+                above = max(above, needed)
         kept = min(before, max(above, before - math.floor(s.max_rank_drop * before), s.min_rank))
         if kept < before or layer.way is not None or s.sigma_basis == "singular":
             way_p, way_q = layer.way or (np.eye(before), np.eye(before))
+            if s.prune_by == "outputs" and kept < before:
+                g, d, qh = np.linalg.svd(directions[:, :kept].T @ layer.sigma, full_matrices=False)
+                p = directions[:, :kept] @ g
             layer.way = way_p @ p[:, :kept], way_q @ qh[:kept].T
             layer.u, layer.sigma, layer.vh = layer.u @ p[:, :kept], np.diag(d[:kept]), qh[:kept] @ layer.vh
         return before, kept
+
+    def leading_outputs(self, layer):
+        """Principal directions of the layer's outputs, each of length 1, in the coordinates of U; and how many are needed.
+
+        Over the last 16 steps; of a weight that was dense and wide until now as its outputs were, else as they are now. The
+        number is that of the directions of the first half of each batch, for the outputs of the second.
+        """
+        s = self.settings
+        rows, columns = layer.base.shape
+        as_they_were = layer.way is not None and rows < columns
+        halves, positions = [np.zeros_like(layer.sigma), np.zeros_like(layer.sigma)], 0
+        for inputs, outputs in layer.recent[-16:]:
+            for i, (x, y) in enumerate(zip(inputs, outputs)):
+                own = layer.u.T @ y if as_they_were else layer.sigma @ (layer.vh @ x)
+                second = i >= len(inputs) / 2
+                halves[second] += np.outer(own, own) / np.sum(y**2)
+                positions += second
+        directions = np.linalg.eigh(self.with_white(layer, halves[0]))[1][:, ::-1]
+        energies = [z @ self.with_white(layer, halves[1]) @ z for z in directions.T]
+        above = 1 + max(i for i, energy in enumerate(energies) if energy >= s.cutoff**2 * max(energies))
+        if s.max_output_loss is not None:
+            needed = 0
+            while sum(energies[needed:]) > s.max_output_loss * positions:
+                needed += 1
+            above = max(above, needed)
+        return np.linalg.eigh(self.with_white(layer, sum(halves)))[1][:, ::-1], above
+
+    @staticmethod
+    def with_white(layer, covariance):
+        """And a thousandth of its trace in the shape that inputs of equal size in all directions give."""
+        white = layer.sigma @ layer.sigma.T
+        return covariance + 1e-3 * np.trace(covariance) / np.trace(white) * white if np.any(white) else covariance

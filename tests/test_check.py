@@ -37,7 +37,17 @@ def check_of(trained, optimizer, *, step=1, due=(), bases=None, threshold=None, 
     schedule = Schedule(10, delay, 1, 1.0, threshold)
     bases = {} if bases is None else bases
     slots = OptimizerSlots(optimizer)
-    return Check(trained, slots, schedule=schedule, step=step, due=due, bases=bases, movement=Movement(), recent=None)
+    return Check(
+        trained,
+        slots,
+        schedule=schedule,
+        step=step,
+        due=due,
+        bases=bases,
+        movement=Movement(),
+        processes=None,
+        recent=None,
+    )
 
 
 @pytest.mark.parametrize(

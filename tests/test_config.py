@@ -38,6 +38,7 @@ BAD_VALUES = {
     "layers_per_update": [0, 0.0, 1.1, math.nan, None, "1", True],
     "max_output_loss": [-0.1, 1, 1.0, math.nan, "0.1", True],
     "sigma_lr_scale": [0, -1.0, math.inf, math.nan, None, "spectral", True],
+    "prune_by": ["Outputs", "sigma", None, 1, True],
     "max_rank_drop": [0, 0.0, 1.1, -0.5, math.nan, "0.5", True],
     "min_rank": [0, -1, 1.0, 0.0, math.nan, None, "1", True],
     "stability_storage": ["disk", None, 1, True],

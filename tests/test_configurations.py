@@ -52,6 +52,7 @@ WORKING: dict[str, list[Any]] = {
     "cutoff": [None, 0, 0.1, 0.999999],
     "layers_per_update": [1e-9, 0.5, 1],
     "max_output_loss": [None, 0, 0.5, 0.999999],
+    "prune_by": ["weight", "outputs"],
     "max_rank_drop": [1e-9, 0.5, 1],
     "min_rank": [1, 100, 1e-9, 0.5],
     "sigma_lr_scale": ["norm", "restart", 1, 1e-9, 10.0],

@@ -62,6 +62,21 @@ def test_two_processes_train_as_one_does(two):
     assert cuts(alone["history"]) >= 3
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"fsdp": {}}, {"tower": {"sometimes": True}}], ids=str)
+@pytest.mark.parametrize("loss", [None, 0.01])
+def test_two_processes_find_the_directions_of_the_outputs_that_one_finds(two, loss, options):
+    settings = {**STABLE, "prune_by": "outputs", "max_output_loss": loss, "max_rank_drop": 0.5}
+    if "sometimes" in options.get("tower", {}):
+        options = {**options, "ddp": {"find_unused_parameters": True}}
+    results = two.run(train, settings, options)
+    assert_equal_processes(results)
+    alone = train(settings, {key: value for key, value in options.items() if key != "fsdp"})
+    assert [ranks for *_, ranks in results[0]["history"]] == [ranks for *_, ranks in alone["history"]]
+    for name, weight in alone["weights"].items():
+        assert_close(results[0]["weights"][name], weight, rtol=0, atol=1e-9)
+    assert cuts(alone["history"]) >= 3
+
+
 DDP_OPTIONS = [
     {"ddp": {"find_unused_parameters": True}},
     {"ddp": {"gradient_as_bucket_view": True}},
@@ -157,6 +172,7 @@ def random_schedule(seed: int) -> tuple[dict, dict]:
         },
     }
     settings["max_output_loss"] = draw.choice([None, None, 0.0, 0.05])
+    settings["prune_by"] = draw.choice(["weight", "outputs"])
     if draw.random() < 0.25:
         settings["freeze_when"] = "settled"
     return settings, options

@@ -106,6 +106,16 @@ def test_a_low_rank_convolution_is_one_with_the_product_of_its_factors(pair, bat
     assert_close(form.mix(form.apply(x, right), left, bias), expected)
 
 
+@settings(max_examples=100)
+@given(convolutions(), st.booleans())
+def test_a_convolution_is_the_product_of_its_matrix_with_the_patches(pair, batched):
+    module, x = pair
+    x = x if batched else x[0]
+    form = matricization_of(module)
+    product = form.patches(x) @ matrix_of(module).T
+    assert_close(product if module.bias is None else product + module.bias, form.rows(module(x)))
+
+
 @settings(max_examples=50)
 @given(convolutions(), st.sampled_from(sorted(MODES)))
 def test_an_adapted_convolution_computes_with_its_own_weight_and_merges(pair, mode):

@@ -266,7 +266,7 @@ def test_inputs_that_are_not_finite_let_a_layer_keep_its_rank(phase, value):
     sample = run.controller._recent.samples["2"]
     sample[0, 0] = value
     full = run.layers["2"].full_rank["default"]
-    with pytest.warns(UserWarning, match=r"What `2` was given in the last step gives outputs of NaN or Inf"):
+    with pytest.warns(UserWarning, match=r"Recent inputs of `2` give outputs of NaN or Inf"):
         update = run.controller.step()
     assert update.ranks["2"] == (full, full)
     assert update.ranks["0"][1] < update.ranks["0"][0]
@@ -274,8 +274,26 @@ def test_inputs_that_are_not_finite_let_a_layer_keep_its_rank(phase, value):
 
 
 @pytest.mark.parametrize("phase", ["freeze", "factored", "residual"])
-def test_an_empty_batch_before_a_check_lets_every_layer_keep_its_rank(phase):
-    run = Run(phase, cutoff=0.9, max_output_loss=0.5, max_rank_drop=0.5)
+@pytest.mark.parametrize("value", NOT_FINITE, ids=str)
+def test_outputs_that_are_not_finite_let_a_layer_keep_its_rank(phase, value):
+    run = Run(phase, cutoff=0.9, max_output_loss=0.5, max_rank_drop=0.5, prune_by="outputs")
+    run.optimize()
+    inputs = torch.randn(16, run.layers["2"].in_features, dtype=torch.float64)
+    inputs[3, 1] = value
+    run.layers["2"](inputs)  # the last forward pass of this layer in this step
+    full = run.layers["2"].full_rank["default"]
+    with pytest.warns(UserWarning, match=r"Recent inputs of `2` give outputs of NaN or Inf"):
+        update = run.controller.step()
+    assert update.ranks["2"] == (full, full)
+    assert update.ranks["0"][1] < update.ranks["0"][0]
+    assert is_finite(run)
+
+
+@pytest.mark.parametrize("prune_by", ["weight", "outputs"])
+@pytest.mark.parametrize("phase", ["freeze", "factored", "residual"])
+def test_an_empty_batch_before_a_check_lets_every_layer_keep_its_rank(phase, prune_by):
+    run = Run(phase, cutoff=0.9, max_output_loss=0.5, max_rank_drop=0.5, prune_by=prune_by)
+    run.controller._recent.forget()
     run.x, run.y = run.x[:0], run.y[:0]
     run.model(run.x).sum().backward()
     run.optimizer.step()
@@ -305,6 +323,29 @@ def test_the_bound_on_the_output_does_not_depend_on_the_scale_of_inputs(phase, s
         ranks.append(run.controller.step().ranks)
     assert ranks[0] == ranks[1]
     assert any(after > 1 for _, after in ranks[0].values())
+
+
+@pytest.mark.parametrize("phase", ["freeze", "factored", "residual"])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_directions_of_the_outputs_do_not_depend_on_the_scale_of_inputs(phase, scale, dtype):
+    changes = []
+    for factor in (1.0, scale):
+        run = Run(phase, cutoff=0.9, max_output_loss=0.2, max_rank_drop=1.0, prune_by="outputs")
+        run.model.to(dtype)
+        run.controller = OIALRController(run.model, run.optimizer, total_steps=100)
+        generator = torch.Generator().manual_seed(2)
+        for layer in run.layers.values():
+            if phase == "residual":  # a correction as large as the base weight
+                nn.init.normal_(layer.oialr_sigma["default"], generator=generator)
+            inputs = torch.randn(64, layer.in_features, generator=generator).to(dtype)
+            layer(inputs * torch.tensor(factor, dtype=dtype))
+        run.controller._steps = 1
+        ranks = run.controller.step().ranks
+        changes.append((ranks, [layer.adapter_weight("default").float() for layer in run.layers.values()]))
+    assert changes[0][0] == changes[1][0]
+    assert any(1 < after < before for before, after in changes[0][0].values())
+    assert_close(*(weights for _, weights in changes), rtol=0, atol={torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -79,6 +79,8 @@ def alone() -> Iterator[None]:
         {},
         {"shrink": "mask", "layers_per_update": 0.4},
         {"max_output_loss": 0.01, "max_rank_drop": 0.5},
+        {"max_output_loss": 0.01, "max_rank_drop": 0.5, "prune_by": "outputs"},
+        {"pretraining": False, "residual": True, "delay": 0, "max_output_loss": 0.01, "prune_by": "outputs"},
         {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5},
     ],
     ids=str,

@@ -134,6 +134,7 @@ CASES = {
     "pretraining": {"pretraining": True},
     "mask": {"shrink": "mask"},
     "last layers first": {"layers_per_update": 0.2},
+    "outputs": {"prune_by": "outputs", "max_output_loss": 0.01, "max_rank_drop": 0.5},
 }
 
 
@@ -438,7 +439,7 @@ def accelerate_run(steps, *, save_at=None, directory=None, resume_from=None, con
 
 @pytest.mark.filterwarnings("ignore:The head .* is not a target")
 @pytest.mark.parametrize("save_at", [5, 9, 14, 20])
-@pytest.mark.parametrize("case", ["replace", "pretraining", "residual"])
+@pytest.mark.parametrize("case", ["replace", "pretraining", "residual", "outputs"])
 def test_an_accelerate_loop_resumes_exactly(case, save_at, tmp_path):
     config = OIALRConfig(**{**SETTINGS, **CASES[case]})
     whole = accelerate_run(STEPS, config=config)
