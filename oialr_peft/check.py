@@ -16,7 +16,7 @@ from oialr_peft.basis import kept_of, kept_shape, stability_error, stability_of_
 from oialr_peft.decompositions import Decomposition, decompose
 from oialr_peft.distributed import Job, Processes
 from oialr_peft.factors import Change, Rotation, bounded_rank, changed, compute_dtype, not_finite, require_in_range
-from oialr_peft.inputs import RecentInputs, RecentOutputs
+from oialr_peft.inputs import RecentInputs, RecentOutputs, Recorder
 from oialr_peft.moments import OptimizerSlots, empty_state, is_moment, is_transportable, transport_state
 from oialr_peft.movement import Movement
 from oialr_peft.outcome import Outcome
@@ -38,7 +38,7 @@ class Check:
         bases: what was kept of the bases of dense layers, by name; it may change while outcomes are used.
         movement: how far bases have moved.
         processes: that train the model together; `None` when it is one alone.
-        recent: what layers were given before the check; `None` when the pruning rule does not ask for it.
+        recent: what layers were given before the check, as far as the pruning rule asks for it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Check:
         bases: Mapping[str, Tensor],
         movement: Movement,
         processes: Processes | None,
-        recent: RecentInputs | RecentOutputs | None,
+        recent: Recorder,
     ) -> None:
         self.trained = trained
         self.slots = slots
@@ -193,7 +193,7 @@ class Check:
             of_outputs = dense and layer.out_features < layer.in_features
             recorded = recent.recorded.get(name)
             return needed_of_outputs(rotation, config.cutoff, config.max_output_loss, recorded, of_outputs=of_outputs)
-        sample = None if recent is None else recent.samples.get(name)
+        sample = recent.samples.get(name) if isinstance(recent, RecentInputs) else None
         measured = None
         if sample is not None and sample.numel() > 0:
             # the base weights of sharded layers are on other processes

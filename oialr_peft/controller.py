@@ -124,8 +124,7 @@ class OIALRController:
         self._reset_warned = False
         self._movement = Movement()
         self._recent = recorder_of(self.config, self.layers, adapter_name)
-        if self._recent is not None:
-            weakref.finalize(self, self._recent.close)
+        weakref.finalize(self, self._recent.close)
         # its learning rate stands for that of all layers, which schedules move alike
         self._group = OptimizerSlots(optimizer).group_of(next(iter(self._trained.parameters.values())))
         self._processes = Processes.of(model, self._trained.device)
@@ -162,12 +161,10 @@ class OIALRController:
         if self._step_was_skipped():
             if self._gradient_bases is not None:
                 self._gradient_bases.forget()
-            if self._recent is not None:
-                self._recent.forget_step()
+            self._recent.forget_step()
             return None
         self._steps += 1
-        if self._recent is not None:
-            self._recent.count_step()
+        self._recent.count_step()
         if self._gradient_bases is not None:
             self._turn_to_gradients(self._gradient_bases)
         rate = self.optimizer.param_groups[self._group]["lr"]
@@ -295,11 +292,10 @@ class OIALRController:
 
     def _record_before_check(self) -> None:
         """Record the next step if a check follows soon; begin anew after one."""
-        if self._recent is not None:
-            if self.schedule.is_check(self._steps):
-                self._recent.forget()
-            check = self.schedule.next_check(self._steps)
-            self._recent.recording = check - self._steps <= self._recent.steps and self._may_truncate(check)
+        if self.schedule.is_check(self._steps):
+            self._recent.forget()
+        check = self.schedule.next_check(self._steps)
+        self._recent.recording = check - self._steps <= self._recent.steps and self._may_truncate(check)
 
     def _may_truncate(self, step: int) -> bool:
         """Whether a check at `step` could find a layer to truncate."""
@@ -366,7 +362,7 @@ class OIALRController:
             "bases": dict(self._bases),
             "movement": self._movement.state_dict(),
             **self._sigma_rate.state_dict(),
-            **({} if self._recent is None else self._recent.state_dict()),
+            **self._recent.state_dict(),
             "history": [asdict(update) for update in self.history],
         }
 
@@ -401,8 +397,7 @@ class OIALRController:
                     "Resume with the setting of the first run."
                 )
         require_finite(state_dict["bases"])
-        if self._recent is not None:
-            self._recent.require_fitting(state_dict)
+        self._recent.require_fitting(state_dict)
         self._steps = int(state_dict["steps"])
         if self._gradient_bases is not None and self._steps > 0:  # made before the weights were loaded
             self._gradient_bases.close()
@@ -415,8 +410,7 @@ class OIALRController:
             name: basis if self.config.stability_storage == "cpu" else basis.to(self._trained.device)
             for name, basis in state_dict["bases"].items()
         }
-        if self._recent is not None:
-            self._recent.load_state_dict(state_dict, self._trained.device)
+        self._recent.load_state_dict(state_dict, self._trained.device)
         self._record_before_check()
         self.history = [
             OIALRUpdate(**{**update, "ranks": {name: (r[0], r[1]) for name, r in update["ranks"].items()}})

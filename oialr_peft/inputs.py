@@ -20,57 +20,81 @@ POSITIONS = 512  # tokens or output pixels of a layer that are taken of one step
 STEPS = 16  # in which `RecentOutputs` records: it takes some thousand positions to tell directions apart
 
 
-class RecentInputs:
-    """Keeps some inputs of each layer while `recording`: those of the last forward pass in training mode.
+class Recorder:
+    """Watches layers in the training steps before a check. This one keeps nothing: it is for rules that go by the weight.
 
     Forward hooks, made once, so that `torch.compile` traces them; outside the steps before a check they do nothing.
 
-    Args:
-        layers: to watch.
-
     Attributes:
         steps: before a check that are to be recorded.
-        recording: whether the next forward pass is recorded.
-        samples: by name of the layer, inputs that give at least `POSITIONS` output positions, if there were as many.
+        recording: whether the next step is recorded.
     """
 
-    steps = 1
+    steps = 0
 
-    def __init__(self, layers: Iterable[OIALRLinear]) -> None:
+    def __init__(self, layers: Iterable[OIALRLinear] = ()) -> None:
         self.recording = False
-        self.samples: dict[str, Tensor] = {}
-        self._hooks = [layer.register_forward_pre_hook(self._record) for layer in layers]
+        self._hooks = [layer.register_forward_pre_hook(self._watch) for layer in layers]
 
-    def _record(self, layer: OIALRLinear, arguments: tuple[Any, ...]) -> None:
+    def _watch(self, layer: OIALRLinear, arguments: tuple[Any, ...]) -> None:
         if self.recording and layer.training:
-            self.samples[layer.name] = layer.form.sample(arguments[0].detach(), POSITIONS)
+            self._record(layer, layer.form.sample(arguments[0].detach(), POSITIONS))
+
+    def _record(self, layer: OIALRLinear, x: Tensor) -> None:
+        """Take a sample of what the layer is given; what came before in the same step is replaced."""
 
     def count_step(self) -> None:
-        """Keep what the last step gave."""
+        """The step has come to its end."""
 
     def forget_step(self) -> None:
-        """Free what a step gave that did not count."""
-        self.samples.clear()
+        """The step did not count."""
 
     def forget(self) -> None:
         """Free what was recorded."""
-        self.samples.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: what is recorded is used before a checkpoint can be written."""
-        return {}
 
     def require_fitting(self, state_dict: Mapping[str, Any]) -> None:
-        """Every state does."""
+        """Raise a ValueError when a state is of other layers, or of layers in another phase or with another rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded in the steps that were counted."""
+        return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], device: torch.device) -> None:
-        """Begin anew."""
+        """Continue from there; without a state that holds it, begin anew."""
         self.forget()
 
     def close(self) -> None:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+
+
+class RecentInputs(Recorder):
+    """Keeps some inputs of each layer: those of the last forward pass before a check.
+
+    Args:
+        layers: to watch.
+
+    Attributes:
+        samples: by name of the layer, inputs that give at least `POSITIONS` output positions, if there were as many.
+    """
+
+    steps = 1
+
+    def __init__(self, layers: Iterable[OIALRLinear]) -> None:
+        super().__init__(layers)
+        self.samples: dict[str, Tensor] = {}
+
+    def _record(self, layer: OIALRLinear, x: Tensor) -> None:
+        self.samples[layer.name] = x
+
+    def forget_step(self) -> None:
+        """The step did not count."""
+        self.samples.clear()
+
+    def forget(self) -> None:
+        """Free what was recorded."""
+        self.samples.clear()
 
 
 class Recorded(NamedTuple):
@@ -88,34 +112,29 @@ class Recorded(NamedTuple):
     positions: Tensor
 
 
-class RecentOutputs:
-    """Adds up, while `recording`, which way the outputs of each layer go, over the last forward pass of every step.
+class RecentOutputs(Recorder):
+    """Adds up which way the outputs of each layer go, over the last forward pass of every step.
 
     Args:
         layers: to watch, by name.
         adapter_name: whose weights give the outputs.
 
     Attributes:
-        steps: before a check that are to be recorded.
-        recording: whether the next step is recorded.
         recorded: by name of the layer.
     """
 
     steps = STEPS
 
     def __init__(self, layers: Mapping[str, OIALRLinear], adapter_name: str) -> None:
-        self.recording = False
+        super().__init__(layers.values())
         self.recorded: dict[str, Recorded] = {}
+        self._layers = layers
         self._adapter_name = adapter_name
         self._rows: dict[str, Tensor] = {}
-        self._layers = layers
-        self._hooks = [layer.register_forward_pre_hook(self._record) for layer in layers.values()]
 
-    def _record(self, layer: OIALRLinear, arguments: tuple[Any, ...]) -> None:
-        if self.recording and layer.training:
-            x = layer.form.sample(arguments[0].detach(), POSITIONS)
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                self._rows[layer.name] = self._scaled(layer, x)
+    def _record(self, layer: OIALRLinear, x: Tensor) -> None:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            self._rows[layer.name] = self._scaled(layer, x)
 
     def _scaled(self, layer: OIALRLinear, x: Tensor) -> Tensor:
         """The rows g / ‖y‖; zero where y is, NaN where it is not finite."""
@@ -138,7 +157,7 @@ class RecentOutputs:
         return (rows.double() * scale).to(dtype)
 
     def count_step(self) -> None:
-        """Add up what the last step gave."""
+        """The step has come to its end."""
         for name, rows in self._rows.items():
             # sequences of a batch follow one another, so halves share at most one
             halves = rows.tensor_split(2)
@@ -165,7 +184,7 @@ class RecentOutputs:
         return Recorded(covariances, torch.zeros(2, dtype=torch.int64, device=parameter.device))
 
     def forget_step(self) -> None:
-        """Free what a step gave that did not count."""
+        """The step did not count."""
         self._rows.clear()
 
     def forget(self) -> None:
@@ -174,7 +193,7 @@ class RecentOutputs:
         self.recorded.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was recorded since the last check."""
+        """What was recorded in the steps that were counted."""
         return {
             "covariances": {name: recorded.covariances for name, recorded in self.recorded.items()},
             "positions": {name: recorded.positions.tolist() for name, recorded in self.recorded.items()},
@@ -203,16 +222,9 @@ class RecentOutputs:
             positions = torch.tensor(state_dict["positions"][name], device=device)
             self.recorded[name] = Recorded(covariances.to(device, copy=True), positions)
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
 
-
-def recorder_of(
-    config: OIALRConfig, layers: Mapping[str, OIALRLinear], adapter_name: str
-) -> RecentInputs | RecentOutputs | None:
-    """What this configuration prunes by; `None` when that is the weight alone."""
+def recorder_of(config: OIALRConfig, layers: Mapping[str, OIALRLinear], adapter_name: str) -> Recorder:
+    """What this configuration prunes by."""
     if config.prune_by == "outputs":
         return RecentOutputs(layers, adapter_name)
-    return None if config.max_output_loss is None else RecentInputs(layers.values())
+    return Recorder() if config.max_output_loss is None else RecentInputs(layers.values())

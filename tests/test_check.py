@@ -14,6 +14,7 @@ from torch import nn
 import oialr_peft.check as check_module
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.check import Check
+from oialr_peft.inputs import Recorder
 from oialr_peft.moments import OptimizerSlots, is_moment, moments_of
 from oialr_peft.movement import Movement
 from oialr_peft.schedule import Schedule
@@ -46,7 +47,7 @@ def check_of(trained, optimizer, *, step=1, due=(), bases=None, threshold=None, 
         bases=bases,
         movement=Movement(),
         processes=None,
-        recent=None,
+        recent=Recorder(),
     )
 
 
