@@ -152,8 +152,7 @@ class RecentOutputs(Recorder):
                 output = form.rows(layer.base_output(x)) + output @ u.mT
         # squares of numbers above 1e19 or below 1e-23 leave the range of float32
         energy = output.double().square().sum(1, keepdim=True)
-        scale = torch.where(energy > 0, energy.rsqrt(), torch.where(energy == 0, 0.0, torch.nan))
-        scale = torch.where(energy.isinf(), torch.nan, scale)
+        scale = torch.where(energy == 0, 0.0, torch.where(energy.isinf(), torch.nan, energy.rsqrt()))
         return (rows.double() * scale).to(dtype)
 
     def count_step(self) -> None:
