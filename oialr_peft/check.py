@@ -190,9 +190,14 @@ class Check:
         assert config.cutoff is not None  # set when the configuration is made
         layer, dense = trained.layers[name], trained.is_dense(name)
         if isinstance(recent, RecentOutputs):
-            of_outputs = dense and layer.out_features < layer.in_features
-            recorded = recent.recorded.get(name)
-            return needed_of_outputs(rotation, config.cutoff, config.max_output_loss, recorded, of_outputs=of_outputs)
+            return needed_of_outputs(
+                name,
+                rotation,
+                config.cutoff,
+                config.max_output_loss,
+                recent.recorded.get(name),
+                of_outputs=dense and layer.out_features < layer.in_features,
+            )
         sample = recent.samples.get(name) if isinstance(recent, RecentInputs) else None
         measured = None
         if sample is not None and sample.numel() > 0:

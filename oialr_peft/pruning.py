@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from oialr_peft.decompositions import principal_directions
 from oialr_peft.factors import Factors, Rotation, count_above, count_needed
 from oialr_peft.inputs import Recorded
 from oialr_peft.layer import OIALRLinear
@@ -87,7 +88,13 @@ def output_energies(
 
 
 def needed_of_outputs(
-    rotation: Rotation, cutoff: float, largest_loss: float | None, recorded: Recorded | None, *, of_outputs: bool
+    name: str,
+    rotation: Rotation,
+    cutoff: float,
+    largest_loss: float | None,
+    recorded: Recorded | None,
+    *,
+    of_outputs: bool,
 ) -> Needed:
     """The principal directions of the outputs that the cutoff keeps, or the bound needs if they are more.
 
@@ -101,6 +108,7 @@ def needed_of_outputs(
     are directions of both halves.
 
     Args:
+        name: what messages call the layer.
         rotation: SVD of the dense weight, or of the core.
         cutoff: β in [0, 1).
         largest_loss: bound on E[‖Δy‖² / ‖y‖²], in [0, 1); `None` for the cutoff alone.
@@ -113,20 +121,22 @@ def needed_of_outputs(
     sides = rotation.p if of_outputs else rotation.q * rotation.singular_values
     size = len(sides)  # less than recorded when masked directions came with it, which give zero
     first, second = sides.mT @ recorded.covariances[:, :size, :size].to(sides.dtype) @ sides
-    is_finite = torch.isfinite(first.trace() + second.trace())
+    energy = first.trace() + second.trace()
+    is_finite = torch.isfinite(energy)
     first, second = (torch.where(is_finite, half, 0.0) for half in (first, second))
     white = rotation.singular_values.square()
     white = WHITE * white / white.sum().clamp_min(torch.finfo(white.dtype).tiny)
 
     first, second, both = (half + torch.diag(half.trace() * white) for half in (first, second, first + second))
-    unseen = torch.linalg.eigh(first).eigenvectors.flip(1)  # by the second half
+    unseen = principal_directions(first, name)  # by the second half
     energies = (unseen * (second @ unseen)).sum(0).double().clamp_min(0)
     largest_from_here = energies.flip(0).cummax(0).values.flip(0)  # of the other half they need not fall
     needed = count_above(largest_from_here.sqrt(), cutoff)
     if largest_loss is not None:
         needed = torch.maximum(needed, count_needed(energies, recorded.positions[1], largest_loss))
-    needed = torch.where(recorded.positions[1] > 0, needed, rotation.rank)
-    return Needed(torch.where(is_finite, needed, UNKNOWN), torch.linalg.eigh(both).eigenvectors.flip(1))
+    # a core of zeros has lost nothing yet
+    needed = torch.where((energy > 0) & (recorded.positions[1] > 0), needed, rotation.rank)
+    return Needed(torch.where(is_finite, needed, UNKNOWN), principal_directions(both, name))
 
 
 def _all_of(singular_values: Tensor) -> Needed:

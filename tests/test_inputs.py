@@ -334,7 +334,7 @@ def test_no_other_directions_lose_less(monkeypatch, shape):
     rotation = Rotation(u, s, vh.mT)
     recorded = Recorded(torch.stack([rows.mT @ rows] * 2), torch.tensor([len(x), len(x)]))
     for bound in (0.2, 0.05, 0.01, 0.001):
-        needed = pruning.needed_of_outputs(rotation, 0.999, bound, recorded, of_outputs=wide)
+        needed = pruning.needed_of_outputs("up", rotation, 0.999, bound, recorded, of_outputs=wide)
         rank, directions = int(needed.number), needed.directions
         kept = rotation.onto(directions[:, :rank])
         cut = kept.p @ kept.core @ kept.q.mT
@@ -361,10 +361,41 @@ def test_directions_that_recent_inputs_do_not_use_have_a_price():
     recorded = Recorded(torch.stack([rows.mT @ rows] * 2), torch.tensor([4, 4]))
     rotation = Rotation(weight, torch.ones(8), weight)
     needed = {
-        bound: int(pruning.needed_of_outputs(rotation, 0.999, bound, recorded, of_outputs=False).number)
+        bound: int(pruning.needed_of_outputs("up", rotation, 0.999, bound, recorded, of_outputs=False).number)
         for bound in (0.01, 1.01e-3 * 5 / 8, 1.01e-3 * 2 / 8, 1e-5)
     }
     assert list(needed.values()) == [1, 3, 6, 8]
+
+
+def test_a_layer_that_gives_nothing_keeps_its_rank():
+    """A correction that has learned nothing yet: no direction of it is better than another."""
+    model = adapted(**MODES["residual"], prune_by="outputs")
+    optimizer, controller = controlled(model)
+    for _ in range(4):
+        model(batch())
+        optimizer.step()  # without gradients
+        update = controller.step()
+    assert update.ranks == {name: (12, 12) for name in ("convolution", "up", "down")}
+
+
+def test_directions_that_do_not_converge_are_found_by_a_second_method(monkeypatch):
+    def failing(*_: object) -> None:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    weights = []
+    for fails in (False, True):
+        model = adapted(**MODES["freezing"], prune_by="outputs")
+        optimizer, controller = controlled(model)
+        run(model, optimizer, controller, 3, batch())
+        if fails:
+            monkeypatch.setattr(torch.linalg, "eigh", failing)
+            with pytest.warns(UserWarning, match="The fast decomposition of `.*` did not converge"):
+                run(model, optimizer, controller, 1, batch())
+        else:
+            run(model, optimizer, controller, 1, batch())
+        weights.append([layer.adapter_weight("default") for layer in adapter_layers(model).values()])
+    for one, other in zip(*weights, strict=True):
+        assert torch.allclose(one, other)
 
 
 def test_outputs_are_recorded_in_the_last_steps_before_a_check():
