@@ -17,6 +17,7 @@ from oialr_peft.factors import DTYPES, compute_dtype
 from oialr_peft.layer import OIALRLinear
 
 POSITIONS = 512  # tokens or output pixels of a layer that are taken of one step, spread over the batch
+SMALLEST = -1000  # exponent of nothing, below that of any number
 STEPS = 16  # in which `RecentOutputs` records: it takes some thousand positions to tell directions apart
 
 
@@ -103,13 +104,38 @@ class Recorded(NamedTuple):
     What directions lose on the half that they were not found on is what they will lose on other inputs.
 
     Attributes:
-        covariances: (2, d, d), Σ g gᵀ / ‖y‖² over the positions of each half. g is the smaller side of a dense layer: its input
-            x if m ≥ n, its output y otherwise. Of a factored one it is the input Vᵀx of the core.
+        covariances: (2, d, d), Σ g gᵀ / ‖y‖² over the positions of each half, divided by 4ᵉ. g is the smaller side of a dense
+            layer: its input x if m ≥ n, its output y otherwise. Of a factored one it is the input Vᵀx of the core.
         positions: (2,), how many of each half had an output other than zero.
+        exponent: e, scalar. Inputs of very small or large weights are far from their outputs, and their squares still further.
     """
 
     covariances: Tensor
     positions: Tensor
+    exponent: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, exponent: Tensor) -> Recorded:
+        """Of rows g / ‖y‖ that were divided by 2ᵉ."""
+        # sequences of a batch follow one another, so halves share at most one
+        halves = rows.tensor_split(2)
+        covariances = torch.stack([half.mT @ half for half in halves])
+        return cls(covariances, torch.stack([half.any(1).sum() for half in halves]), exponent)
+
+    def divided(self, exponent: Tensor) -> Recorded:
+        """The same with an exponent that is no smaller."""
+        return Recorded(_times_power(self.covariances, 2 * (self.exponent - exponent)), self.positions, exponent)
+
+    def and_of(self, other: Recorded) -> Recorded:
+        """Of both together."""
+        exponent = torch.maximum(self.exponent, other.exponent)
+        ours, theirs = self.divided(exponent), other.divided(exponent)
+        return Recorded(ours.covariances + theirs.covariances, ours.positions + theirs.positions, exponent)
+
+
+def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """``x · 2ᵉ``."""
+    return x * torch.exp2(exponent.to(x.dtype))
 
 
 class RecentOutputs(Recorder):
@@ -130,14 +156,14 @@ class RecentOutputs(Recorder):
         self.recorded: dict[str, Recorded] = {}
         self._layers = layers
         self._adapter_name = adapter_name
-        self._rows: dict[str, Tensor] = {}
+        self._rows: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _record(self, layer: OIALRLinear, x: Tensor) -> None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self._rows[layer.name] = self._scaled(layer, x)
 
-    def _scaled(self, layer: OIALRLinear, x: Tensor) -> Tensor:
-        """The rows g / ‖y‖; zero where y is, NaN where it is not finite."""
+    def _scaled(self, layer: OIALRLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows g / ‖y‖, zero where y is, NaN where it is not finite; divided by 2ᵉ, so that none is above 1; and e."""
         form, name = layer.form, self._adapter_name
         dtype = compute_dtype(layer.trained_parameter(name))
         x = x.to(dtype)
@@ -153,34 +179,34 @@ class RecentOutputs(Recorder):
         # squares of numbers above 1e19 or below 1e-23 leave the range of float32
         energy = output.double().square().sum(1, keepdim=True)
         scale = torch.where(energy == 0, 0.0, torch.where(energy.isinf(), torch.nan, energy.rsqrt()))
-        return (rows.double() * scale).to(dtype)
+        relative = rows.double() * scale
+        largest = relative.abs().amax() if relative.numel() > 0 else relative.new_zeros(())
+        exponent = torch.where(largest > 0, torch.log2(largest).ceil(), SMALLEST).to(torch.int64)
+        return _times_power(relative, -exponent).to(dtype), exponent
 
     def count_step(self) -> None:
         """The step has come to its end."""
-        for name, rows in self._rows.items():
-            # sequences of a batch follow one another, so halves share at most one
-            halves = rows.tensor_split(2)
-            covariances = torch.stack([half.mT @ half for half in halves])
-            positions = torch.stack([half.any(1).sum() for half in halves])
-            if name in self.recorded:
-                covariances += self.recorded[name].covariances
-                positions += self.recorded[name].positions
-            self.recorded[name] = Recorded(covariances, positions)
+        for name, (rows, exponent) in self._rows.items():
+            found = Recorded.of(rows, exponent)
+            self.recorded[name] = self.recorded[name].and_of(found) if name in self.recorded else found
         self._rows.clear()
 
     def add_up(self, names: Sequence[str], processes: Processes) -> None:
         """Add what all processes have recorded of these layers up; each of them calls this."""
-        for name in names:
-            # copies: a state that somebody keeps shares the tensors
-            mine = self.recorded.get(name) or self._nothing(self._layers[name])
-            self.recorded[name] = Recorded(mine.covariances.clone(), mine.positions.clone())
-        processes.add_up([tensor for name in names for tensor in self.recorded[name]])
+        mine = [self.recorded.get(name) or self._nothing(self._layers[name]) for name in names]
+        largest = [-value for value in processes.smallest([-int(recorded.exponent) for recorded in mine])]
+        for name, recorded, exponent in zip(names, mine, largest, strict=True):
+            covariances, positions, together = recorded.divided(torch.full_like(recorded.exponent, int(exponent)))
+            # a copy: a state that somebody keeps shares the tensor
+            self.recorded[name] = Recorded(covariances, positions.clone(), together)
+        processes.add_up([tensor for name in names for tensor in self.recorded[name][:2]])
 
     def _nothing(self, layer: OIALRLinear) -> Recorded:
         """Of a layer that was not called."""
         parameter, size = layer.trained_parameter(self._adapter_name), self._size_of(layer)
         covariances = torch.zeros(2, size, size, dtype=compute_dtype(parameter), device=parameter.device)
-        return Recorded(covariances, torch.zeros(2, dtype=torch.int64, device=parameter.device))
+        positions = torch.zeros(2, dtype=torch.int64, device=parameter.device)
+        return Recorded(covariances, positions, torch.full_like(positions[0], SMALLEST))
 
     def forget_step(self) -> None:
         """The step did not count."""
@@ -196,6 +222,7 @@ class RecentOutputs(Recorder):
         return {
             "covariances": {name: recorded.covariances for name, recorded in self.recorded.items()},
             "positions": {name: recorded.positions.tolist() for name, recorded in self.recorded.items()},
+            "exponents": {name: int(recorded.exponent) for name, recorded in self.recorded.items()},
         }
 
     def require_fitting(self, state_dict: Mapping[str, Any]) -> None:
@@ -218,8 +245,10 @@ class RecentOutputs(Recorder):
         """Continue from there; without a state that holds it, begin anew."""
         self.forget()
         for name, covariances in state_dict.get("covariances", {}).items():
-            positions = torch.tensor(state_dict["positions"][name], device=device)
-            self.recorded[name] = Recorded(covariances.to(device, copy=True), positions)
+            positions, exponent = (
+                torch.tensor(state_dict[key][name], device=device) for key in ("positions", "exponents")
+            )
+            self.recorded[name] = Recorded(covariances.to(device, copy=True), positions, exponent)
 
 
 def recorder_of(config: OIALRConfig, layers: Mapping[str, OIALRLinear], adapter_name: str) -> Recorder:

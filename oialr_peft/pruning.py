@@ -119,13 +119,14 @@ def needed_of_outputs(
         return _all_of(rotation.singular_values)
     # the trained matrix takes Q to P D, so in the coordinates of P:
     sides = rotation.p if of_outputs else rotation.q * rotation.singular_values
+    sides = (sides.double() * torch.exp2(recorded.exponent.double())).to(sides.dtype)
     size = len(sides)  # less than recorded when masked directions came with it, which give zero
     first, second = sides.mT @ recorded.covariances[:, :size, :size].to(sides.dtype) @ sides
     energy = first.trace() + second.trace()
     is_finite = torch.isfinite(energy)
     first, second = (torch.where(is_finite, half, 0.0) for half in (first, second))
-    white = rotation.singular_values.square()
-    white = WHITE * white / white.sum().clamp_min(torch.finfo(white.dtype).tiny)
+    white = rotation.singular_values.double().square()
+    white = (WHITE * white / white.sum().clamp_min(torch.finfo(white.dtype).tiny)).to(sides.dtype)
 
     first, second, both = (half + torch.diag(half.trace() * white) for half in (first, second, first + second))
     unseen = principal_directions(first, name)  # by the second half

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from oialr_peft.card import SavedLayer
 from oialr_peft.checkpoints import read_json
 from oialr_peft.update import OIALRUpdate
-from oialr_peft.values import is_count, is_index, is_number
+from oialr_peft.values import is_count, is_index, is_int, is_number
 from oialr_peft.writing import replacing
 
 RECORD_NAME = "oialr_history.json"
@@ -209,6 +209,10 @@ def _is_amount(value: Any) -> bool:
     return is_index(value) and value < _LARGEST
 
 
+def _is_exponent(value: Any) -> bool:
+    return is_int(value) and abs(value) < _LARGEST
+
+
 def _is_size(value: Any) -> bool:
     return is_count(value) and value < _LARGEST
 
@@ -301,5 +305,6 @@ STATE_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "highest_rate": (lambda value: value is None or _is_finite(value), "a finite number"),
     "restarts": (lambda value: value is None or _is_object(_is_scale)(value), "an object of finite numbers > 0"),
     "positions": (lambda value: value is None or _is_object(_is_pair)(value), "an object of pairs of ints ≥ 0"),
+    "exponents": (lambda value: value is None or _is_object(_is_exponent)(value), "an object of ints"),
     "history": (_is_list(_is_update), "a list of checks with the fields of OIALRUpdate"),
 }

@@ -438,7 +438,8 @@ def read_state(file: Path) -> dict[str, Any]:
     require_fields(state, STATE_FIELDS, file)
     if state.get("positions") is None:
         return {**state, "bases": tensors}
-    missing = [name for name in state["positions"] if _covariances_key(name) not in tensors]
+    exponents = state.get("exponents") or {}
+    missing = [name for name in state["positions"] if _covariances_key(name) not in tensors or name not in exponents]
     if missing:
         raise ValueError(
             f"`{file}` holds no covariances of {', '.join(missing)}. Resume from another checkpoint, or get this one again."

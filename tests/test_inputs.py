@@ -332,7 +332,7 @@ def test_no_other_directions_lose_less(monkeypatch, shape):
     rows = (y if wide else x) / length
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     rotation = Rotation(u, s, vh.mT)
-    recorded = Recorded(torch.stack([rows.mT @ rows] * 2), torch.tensor([len(x), len(x)]))
+    recorded = Recorded(torch.stack([rows.mT @ rows] * 2), torch.tensor([len(x), len(x)]), torch.tensor(0))
     for bound in (0.2, 0.05, 0.01, 0.001):
         needed = pruning.needed_of_outputs("up", rotation, 0.999, bound, recorded, of_outputs=wide)
         rank, directions = int(needed.number), needed.directions
@@ -358,7 +358,7 @@ def test_directions_that_recent_inputs_do_not_use_have_a_price():
     weight = torch.eye(8)
     rows = torch.zeros(4, 8)
     rows[:, 0] = 1.0
-    recorded = Recorded(torch.stack([rows.mT @ rows] * 2), torch.tensor([4, 4]))
+    recorded = Recorded(torch.stack([rows.mT @ rows] * 2), torch.tensor([4, 4]), torch.tensor(0))
     rotation = Rotation(weight, torch.ones(8), weight)
     needed = {
         bound: int(pruning.needed_of_outputs("up", rotation, 0.999, bound, recorded, of_outputs=False).number)
@@ -437,7 +437,9 @@ def test_a_state_of_outputs_of_other_layers_is_refused_and_one_without_them_begi
     optimizer, controller = controlled(model)
     run(model, optimizer, controller, 2, batch())
     state = controller.state_dict()
-    assert set(state["covariances"]) == set(state["positions"]) == {"convolution", "up", "down"}
+    assert (
+        set(state["covariances"]) == set(state["positions"]) == set(state["exponents"]) == {"convolution", "up", "down"}
+    )
     for wrong in (
         {"covariances": {"up": torch.zeros(2, 3, 3)}, "positions": {"up": [1, 1]}},
         {"covariances": {"upper": torch.zeros(2, 16, 16)}, "positions": {"upper": [1, 1]}},
@@ -446,7 +448,7 @@ def test_a_state_of_outputs_of_other_layers_is_refused_and_one_without_them_begi
         with pytest.raises(ValueError, match="holds covariances of `upp?e?r?` with shape"):
             controller.load_state_dict({**state, **wrong})
         assert set(controller._recent.recorded) == {"convolution", "up", "down"}
-    older = {key: value for key, value in state.items() if key not in ("covariances", "positions")}
+    older = {key: value for key, value in state.items() if key not in ("covariances", "positions", "exponents")}
     controller.load_state_dict(older)
     assert not controller._recent.recorded
 
