@@ -24,6 +24,8 @@ def run_checks(args: argparse.Namespace, hidden: int, times: Timings) -> None:
     """
     middle = args.repeats + 2
     options = {"freeze_when": "delay", "delay": middle, "update_every": 1, "init_rank": 0.5, "cutoff": 0.0}
+    if args.drop:
+        options |= {"cutoff": 0.999, "max_output_loss": 0.999, "max_rank_drop": args.drop}
     if args.prune_by:
         options["prune_by"] = args.prune_by
     if args.storage:
@@ -79,6 +81,7 @@ def main() -> None:
     )
     arguments.add_argument("--storage", help="stability_storage of the run (default: the method's)")
     arguments.add_argument("--prune-by", help="prune_by of the run (default: the method's)")
+    arguments.add_argument("--drop", type=float, help="share of the rank that each Σ update drops (default: none)")
     args = arguments.parse_args()
     start(args)
     rows = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from oialr_peft.basis import kept_of, kept_shape, stability_error, stability_of_kept
-from oialr_peft.decompositions import Decomposition, decompose
+from oialr_peft.decompositions import Decomposition, decompose, principal_directions
 from oialr_peft.distributed import Job, Processes
 from oialr_peft.factors import Change, Rotation, bounded_rank, changed, compute_dtype, not_finite, require_in_range
 from oialr_peft.inputs import RecentInputs, RecentOutputs, Recorder
@@ -84,7 +84,8 @@ class Check:
     def found(self, names: list[str]) -> Iterator[Outcome]:
         """The outcomes of these layers, computed by this process.
 
-        The host waits a few times for each batch of decompositions, however many layers are in it.
+        The host waits a few times for each batch of decompositions, however many layers are in it, and on an accelerator once
+        more for each eigendecomposition: of a layer that is cut or factored, and for directions of its outputs.
 
         Raises:
             ValueError: a layer's Σ would hold Inf, because its dtype cannot hold a singular value.
@@ -178,10 +179,10 @@ class Check:
         kept: dict[str, Rotation | Change] = dict(rotations)
         for (name, found), number in zip(needed.items(), numbers, strict=True):
             rotation, rank = rotations[name], self._bounded(name, number, rotations[name].rank)
-            if found.directions is None:
+            if found.covariance is None:
                 kept[name] = rotation.cut(rank)
             elif rank < rotation.rank:
-                kept[name] = rotation.onto(found.directions[:, :rank].to(rotation.p.dtype))
+                kept[name] = rotation.onto(principal_directions(found.covariance, name)[:, :rank])
         return kept
 
     def _needed(self, name: str, rotation: Rotation) -> Needed:

@@ -101,6 +101,12 @@ class Processes:
         dist.all_reduce(table, dist.ReduceOp.MIN, self.group)
         return table.tolist()
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each value over all processes, without a word to the host."""
+        everywhere = values.to(self.device, copy=True)
+        dist.all_reduce(everywhere, dist.ReduceOp.MAX, self.group)
+        return everywhere
+
     def merged(self, table: Tensor) -> Tensor:
         """A table of which each process filled in its own rows and left the others zero: with all of them filled in."""
         everywhere = table.to(self.device)

@@ -194,11 +194,11 @@ class RecentOutputs(Recorder):
     def add_up(self, names: Sequence[str], processes: Processes) -> None:
         """Add what all processes have recorded of these layers up; each of them calls this."""
         mine = [self.recorded.get(name) or self._nothing(self._layers[name]) for name in names]
-        largest = [-value for value in processes.smallest([-int(recorded.exponent) for recorded in mine])]
+        largest = processes.largest(torch.stack([recorded.exponent for recorded in mine]))
         for name, recorded, exponent in zip(names, mine, largest, strict=True):
-            covariances, positions, together = recorded.divided(torch.full_like(recorded.exponent, int(exponent)))
+            covariances, positions, _ = recorded.divided(exponent)
             # a copy: a state that somebody keeps shares the tensor
-            self.recorded[name] = Recorded(covariances, positions.clone(), together)
+            self.recorded[name] = Recorded(covariances, positions.clone(), exponent)
         processes.add_up([tensor for name in names for tensor in self.recorded[name][:2]])
 
     def _nothing(self, layer: OIALRLinear) -> Recorded:
@@ -219,14 +219,23 @@ class RecentOutputs(Recorder):
 
     def state_dict(self) -> dict[str, Any]:
         """What was recorded in the steps that were counted."""
+        numbers = [torch.stack([*recorded.positions, recorded.exponent]) for recorded in self.recorded.values()]
+        rows = torch.stack(numbers).tolist() if numbers else []
         return {
             "covariances": {name: recorded.covariances for name, recorded in self.recorded.items()},
-            "positions": {name: recorded.positions.tolist() for name, recorded in self.recorded.items()},
-            "exponents": {name: int(recorded.exponent) for name, recorded in self.recorded.items()},
+            "positions": {name: row[:2] for name, row in zip(self.recorded, rows, strict=True)},
+            "exponents": {name: row[2] for name, row in zip(self.recorded, rows, strict=True)},
         }
 
     def require_fitting(self, state_dict: Mapping[str, Any]) -> None:
         """Raise a ValueError when a state is of other layers, or of layers in another phase or with another rank."""
+        covered = [set(state_dict.get(key, {})) for key in ("covariances", "positions", "exponents")]
+        incomplete = sorted(set.union(*covered) - set.intersection(*covered))
+        if incomplete:
+            raise ValueError(
+                f"The controller state holds only a part of what was recorded of {', '.join(incomplete)}: covariances, positions "
+                "and exponents belong together. Load a state as `state_dict()` gave it."
+            )
         for name, covariances in state_dict.get("covariances", {}).items():
             size = self._size_of(self._layers[name]) if name in self._layers else None
             if tuple(covariances.shape) != (2, size, size) or covariances.dtype not in DTYPES:

@@ -31,12 +31,12 @@ class Needed(NamedTuple):
 
     Attributes:
         number: integer scalar; `UNKNOWN` when the outputs are not finite.
-        directions: (r, r) orthonormal columns Z, the most important one first: they are the columns of P Z, where P D Qᵀ is
-            the SVD of the trained matrix. `None` for those of P themselves.
+        covariance: (r, r), in the coordinates of P, where P D Qᵀ is the SVD of the trained matrix; its leading eigenvectors Z
+            are kept, as P Z. `None` for columns of P themselves.
     """
 
     number: Tensor
-    directions: Tensor | None = None
+    covariance: Tensor | None = None
 
 
 def needed_of_weight(
@@ -137,7 +137,7 @@ def needed_of_outputs(
         needed = torch.maximum(needed, count_needed(energies, recorded.positions[1], largest_loss))
     # a core of zeros has lost nothing yet
     needed = torch.where((energy > 0) & (recorded.positions[1] > 0), needed, rotation.rank)
-    return Needed(torch.where(is_finite, needed, UNKNOWN), principal_directions(both, name))
+    return Needed(torch.where(is_finite, needed, UNKNOWN), both)
 
 
 def _all_of(singular_values: Tensor) -> Needed:

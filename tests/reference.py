@@ -78,9 +78,8 @@ class Layer:
     sigma: np.ndarray | None = None
     vh: np.ndarray | None = None
     basis: np.ndarray | None = None  # at the previous check
-    recent: list = field(
-        default_factory=list
-    )  # of the steps since the last check: inputs (batch, n), outputs (batch, m)
+    # of the steps since the last check: inputs (batch, n), outputs (batch, m)
+    recent: list = field(default_factory=list)
     travelled: float = 0.0
     restart: float = 1.0  # of the learning rate of sigma, from where it was highest
     way: tuple | None = None  # P and Q from the matrix that was trained, as long as its state has not followed

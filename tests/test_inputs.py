@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from oialr_peft import OIALRConfig, OIALRController, pruning
+from oialr_peft.decompositions import principal_directions
 from oialr_peft.factors import Rotation
 from oialr_peft.inputs import POSITIONS, STEPS, Recorded
 from oialr_peft.layer import OIALRLinear
@@ -335,7 +336,7 @@ def test_no_other_directions_lose_less(monkeypatch, shape):
     recorded = Recorded(torch.stack([rows.mT @ rows] * 2), torch.tensor([len(x), len(x)]), torch.tensor(0))
     for bound in (0.2, 0.05, 0.01, 0.001):
         needed = pruning.needed_of_outputs("up", rotation, 0.999, bound, recorded, of_outputs=wide)
-        rank, directions = int(needed.number), needed.directions
+        rank, directions = int(needed.number), principal_directions(needed.covariance, "up")
         kept = rotation.onto(directions[:, :rank])
         cut = kept.p @ kept.core @ kept.q.mT
         assert torch.allclose(kept.p.mT @ weight @ kept.q, kept.core)
@@ -440,33 +441,37 @@ def test_a_state_of_outputs_of_other_layers_is_refused_and_one_without_them_begi
     assert (
         set(state["covariances"]) == set(state["positions"]) == set(state["exponents"]) == {"convolution", "up", "down"}
     )
-    for wrong in (
-        {"covariances": {"up": torch.zeros(2, 3, 3)}, "positions": {"up": [1, 1]}},
-        {"covariances": {"upper": torch.zeros(2, 16, 16)}, "positions": {"upper": [1, 1]}},
-        {"covariances": {"up": torch.zeros(2, 16, 16, dtype=torch.int64)}, "positions": {"up": [1, 1]}},
-    ):
-        with pytest.raises(ValueError, match="holds covariances of `upp?e?r?` with shape"):
+    for name, covariances in {
+        "up": torch.zeros(2, 3, 3),
+        "upper": torch.zeros(2, 16, 16),
+        "down": torch.zeros(2, 16, 16, dtype=torch.int64),
+    }.items():
+        wrong = {"covariances": {name: covariances}, "positions": {name: [1, 1]}, "exponents": {name: 0}}
+        with pytest.raises(ValueError, match=f"holds covariances of `{name}` with shape"):
             controller.load_state_dict({**state, **wrong})
         assert set(controller._recent.recorded) == {"convolution", "up", "down"}
+    for key in ("covariances", "positions", "exponents"):
+        without_up = {name: value for name, value in state[key].items() if name != "up"}
+        for part in ({key: without_up}, {key: {}}, {key: {**state[key], "upper": state[key]["up"]}}):
+            with pytest.raises(ValueError, match="holds only a part of what was recorded of .*up"):
+                controller.load_state_dict({**state, **part})
+            assert set(controller._recent.recorded) == {"convolution", "up", "down"}
     older = {key: value for key, value in state.items() if key not in ("covariances", "positions", "exponents")}
     controller.load_state_dict(older)
     assert not controller._recent.recorded
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("phase", ["dense", "factored"])
-def test_what_is_recorded_does_not_depend_on_autocast(dtype, phase):
-    """Beyond the rounding of the inputs: it is computed in float32 at least."""
+def test_what_is_recorded_does_not_depend_on_autocast(phase):
+    """It is computed in float32 at least."""
     found = []
     for autocast in (False, True):
-        model = adapted(freeze_when="delay", delay=0 if phase == "factored" else 4, prune_by="outputs").to(
-            torch.float32
-        )
+        delay = 0 if phase == "factored" else 4
+        model = adapted(freeze_when="delay", delay=delay, prune_by="outputs").to(torch.float32)
         _, controller = controlled(model)
-        with torch.autocast("cpu", dtype=dtype, enabled=autocast and dtype == torch.bfloat16):
-            model.base_model.model.up(
-                torch.randn(64, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float32)
-            )
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            inputs = torch.randn(64, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float32)
+            assert model.base_model.model.up(inputs).dtype == (torch.bfloat16 if autocast else torch.float32)
         controller._recent.count_step()
         assert controller._recent.recorded["up"].covariances.dtype == torch.float32
         found.append(controller._recent.recorded["up"].covariances)
