@@ -1,4 +1,7 @@
-"""A few processes that train together over gloo, kept alive between tests: starting them takes longer than most tests."""
+"""Processes for tests: a server forks them that has imported what they need, which takes longer than most tests.
+
+`ProcessPool` is a few that train together over gloo, kept alive between tests.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,30 @@ import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 PATIENCE = 180  # seconds; starting two processes takes most of a minute on a busy machine
+
+
+def forking_context() -> ForkServerContext:
+    """Where to make a process: it shares nothing with this one, and starts at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mortal", "runs"])
+    here = str(Path(__file__).parent)
+    with pytest.MonkeyPatch.context() as environment:
+        # the server has no other way to find them: `sys.path` is told to the processes alone
+        environment.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+        forkserver.ensure_running()
+    return context
 
 
 class ProcessFailure(Exception):
@@ -69,7 +88,7 @@ class ProcessPool:
             return ProcessFailure(index, "Exit", f"exit status {process.exitcode}", "")
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forking_context()
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]

@@ -5,8 +5,6 @@ What it leads to is, bit for bit, what a run that nobody killed leads to.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
 import warnings
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from random import Random
 
 import pytest
 from mortal import PHASES, Moment, finished_states, run
+from processes import forking_context
 
 from oialr_peft.record import checkpoint_step
 from oialr_peft.trainer import last_complete_checkpoint
@@ -25,15 +24,8 @@ KILLS_OF_A_RUN = 7  # then it may end
 
 @pytest.fixture(scope="module")
 def in_a_process() -> Callable[..., int]:
-    """Runs `mortal.run` in a process, which starts fast because a server forks it; returns its exit status."""
-    context = multiprocessing.get_context("forkserver")
-    here = str(Path(__file__).parent)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
-        context.set_forkserver_preload(["mortal"])
-        first = context.Process(target=os.getpid)
-        first.start()
-        first.join()
+    """Runs `mortal.run` in a process; returns its exit status."""
+    context = forking_context()
 
     def start(directory: Path, case: str, moment: Moment | None = None) -> int | None:
         directory.mkdir(exist_ok=True)

@@ -67,7 +67,8 @@ def _run(suite: Suite, report: Path) -> list[Result]:
     peft = _fetched()
     command = [sys.executable, "-m", "pytest", str(peft / "tests" / suite.file), "-c", str(peft / "pytest.ini")]
     plugins = ("peft_conformance.plugin", "no:cacheprovider", "no:hypothesispytest")
-    command += ["-q", "--tb=short", f"--junitxml={report}", *(part for name in plugins for part in ("-p", name))]
+    # other tracebacks parse the whole module for each of hundreds of expected failures: half of the time of a suite
+    command += ["-q", "--tb=native", f"--junitxml={report}", *(part for name in plugins for part in ("-p", name))]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
