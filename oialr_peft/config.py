@@ -115,8 +115,9 @@ class OIALRConfig(PeftConfig):
             otherwise 0.5.
         sigma_lr_scale: learning rate of Σ (r, r) over that of its parameter group, > 0; `"norm"` is √(m n) / r, with which
             an update of a factored weight is as long as that of the dense one, for optimizers that scale every entry on
-            its own (Adam and its relatives), and 1 for SGD and Muon. `"restart"` is that times the 3/2 power of what the
-            learning rate has fallen by when the layer is factored, at most 8, so that a Σ that comes late can still learn.
+            its own (Adam and its relatives), and 1 for SGD and Muon. `"restart"` is more for a Σ that comes late, so that it
+            can still learn: times up to 8, by how far the learning rate has fallen when the layer is factored, but at most √2
+            times √(m n) / r times the highest of the run.
         sigma_basis: the basis that Σ is written in. `"axes"` turns U and V close to coordinate axes, so that Adam scales the
             entries of Σ as it did those of the dense weight, and leaves layers that lose no direction as they are;
             `"singular"` makes Σ diagonal in every update, as the paper does. The weight is the same, and SGD and Muon

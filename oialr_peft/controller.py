@@ -139,7 +139,7 @@ class OIALRController:
         torch_optimizer.register_step_post_hook(_forget_products_of(list(self.layers.values())))
         self._fused_step = _FusedStep(torch_optimizer)
         scale = self.config.sigma_lr_scale
-        self._sigma_rate = SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, scale)
+        self._sigma_rate = SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, scale, self._group)
         wanted = GradientBases.wanted(self._trained, self._processes)
         self._gradient_bases = GradientBases(self._trained, self._processes) if wanted else None
         self._record_before_check()
@@ -167,9 +167,8 @@ class OIALRController:
         self._recent.count_step()
         if self._gradient_bases is not None:
             self._turn_to_gradients(self._gradient_bases)
-        rate = self.optimizer.param_groups[self._group]["lr"]
-        self._movement.count_step(rate)
-        self._sigma_rate.count_step(rate)
+        self._movement.count_step(self._rate)
+        self._sigma_rate.count_step(self._rate)
         if not self.schedule.is_check(self._steps):
             self._record_before_check()
             return None
@@ -204,6 +203,11 @@ class OIALRController:
     def steps(self) -> int:
         """Optimizer steps counted so far."""
         return self._steps
+
+    @property
+    def _rate(self) -> float | Tensor:
+        """The learning rate of the schedule."""
+        return self.optimizer.param_groups[self._group]["lr"]
 
     # ---- what changes layers -----------------------------------------------------------------------------------------
 
@@ -246,7 +250,7 @@ class OIALRController:
             outcomes[outcome.name] = outcome.without_tensors()
         refresh_reducers(self.model)
         frozen = [name for name in dense if not self._trained.is_dense(name)]
-        self._sigma_rate.restart(frozen)
+        self._sigma_rate.restart(frozen, self._rate)
         if frozen or len(dense) < len(names):
             self._sigma_updates += 1
         stability = {name: s for name in dense if (s := outcomes[name].stability) is not None}

@@ -81,7 +81,7 @@ class Layer:
     # of the steps since the last check: inputs (batch, n), outputs (batch, m)
     recent: list = field(default_factory=list)
     travelled: float = 0.0
-    restart: float = 1.0  # of the learning rate of sigma, from where it was highest
+    restart: float = 1.0  # by how much the learning rate of sigma is higher, below its ceiling
     way: tuple | None = None  # P and Q from the matrix that was trained, as long as its state has not followed
     state: dict = field(default_factory=dict)  # of the optimizer
 
@@ -162,15 +162,17 @@ class Reference:
             self.check()
 
     def scale(self, layer):
-        """Of the learning rate of Σ: √(mn) / r, to the nearest power of √2, where entries are scaled one by one; and as
-        much more as the 3/2 power of its fall until the freeze, to the power of √2 below, at most eightfold."""
+        """Of the learning rate of Σ: √(mn) / r, to the nearest power of √2, where entries are scaled one by one; for
+        late layers more, by the square of its fall until the freeze, but never above √2 times the highest."""
         if not isinstance(self.settings.sigma_lr_scale, str):
             return self.settings.sigma_lr_scale
         if not self.optimizer.scales_entries:
             return 1.0
         exact = math.sqrt(layer.base.size) / len(layer.sigma)
         scale = math.sqrt(2) ** round(math.log(exact, math.sqrt(2)))
-        return scale * layer.restart if self.settings.sigma_lr_scale == "restart" else scale
+        if self.settings.sigma_lr_scale == "restart":
+            scale *= min(layer.restart, math.sqrt(2) * max(1.0, self.highest / self.optimizer.lr))
+        return scale
 
     def factor(self, layer, weight):
         """Into singular directions; `settle` decides in which basis they are kept."""
@@ -179,7 +181,8 @@ class Reference:
         layer.u, layer.sigma, layer.vh = u[:, :rank], np.diag(s[:rank]), vh[:rank]
         if layer.dense is not None:
             fallen = self.highest / self.optimizer.lr
-            layer.restart = max(math.sqrt(2) ** i for i in range(7) if math.sqrt(2) ** i <= fallen**1.5 + 1e-6)
+            exact = fallen**2 / math.sqrt(2)
+            layer.restart = min((math.sqrt(2) ** i for i in range(7)), key=lambda power: abs(math.log(exact / power)))
         layer.dense = layer.basis = None
         layer.way = layer.u, layer.vh.T
 
