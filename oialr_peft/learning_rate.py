@@ -92,20 +92,12 @@ class SigmaLearningRate:
             optimizer.register_step_pre_hook(self._split)
             optimizer.register_step_post_hook(self._restore)
 
-    def scale_of(self, layer: OIALRLinear, rate: float | Tensor) -> float:
-        """By what the learning rate of a factored layer is multiplied.
-
-        Args:
-            layer: which.
-            rate: learning rate of the schedule. If it is a tensor, the host waits for its device once a layer has restarted.
-        """
+    def scale_of(self, layer: OIALRLinear, largest_restart: float) -> float:
+        """By what the learning rate of a factored layer is multiplied."""
         if not isinstance(self._scale, str):
             return self._scale
         scale = norm_scale(layer.out_features, layer.in_features, layer.rank(self._adapter_name))
-        restart = self.restarts.get(layer.name, 1.0)
-        if self._scale != "restart" or restart == 1.0:
-            return scale
-        return scale * min(restart, CEILING * self.fallen_to(rate))
+        return scale * min(self.restarts.get(layer.name, 1.0), largest_restart)
 
     def count_step(self, rate: float | Tensor) -> None:
         """Count an optimizer step, after which the learning rate of the schedule is this."""
@@ -155,10 +147,15 @@ class SigmaLearningRate:
             self._groups.clear()
 
     def _scales(self, rate: float | Tensor) -> dict[int, float]:
-        """Scale of the learning rate by the identity of a parameter; parameters without one keep theirs."""
+        """Scale of the learning rate by the identity of a parameter; parameters without one keep theirs.
+
+        Once a layer has restarted, the host waits for a learning rate of the schedule that is a tensor on a device.
+        """
+        restarted = self._scale == "restart" and any(restart > 1 for restart in self.restarts.values())
+        largest_restart = CEILING * self.fallen_to(rate) if restarted else 1.0
         layers = [layer for reference in self._layers if (layer := reference()) is not None]
         return {
-            id(layer.trained_parameter(self._adapter_name)): self.scale_of(layer, rate)
+            id(layer.trained_parameter(self._adapter_name)): self.scale_of(layer, largest_restart)
             for layer in layers
             if not layer.is_dense(self._adapter_name)
         }
