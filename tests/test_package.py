@@ -7,11 +7,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import oialr_peft
 
@@ -80,3 +81,22 @@ def test_the_lowest_versions_are_the_lower_bounds_of_the_metadata():
             assert f">={version}" in map(str, bounds[name])
         else:
             assert ours == newest
+
+
+def _python_that(name: str) -> SpecifierSet | None:
+    try:
+        return SpecifierSet(metadata(name).get("Requires-Python") or "")
+    except PackageNotFoundError:  # for another platform, or a dependency of what was asked for there
+        return None
+
+
+def test_every_pinned_version_admits_the_oldest_python_that_is_promised():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (bound,) = SpecifierSet(project["requires-python"])
+    assert bound.operator == ">="
+    oldest = f"{bound.version}.0"  # 3.11 promises all of them, 3.11.2 of Debian 12 as well
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = [line.partition("==")[0] for line in lines if "==" in line]
+    allowed = {name: pythons for name in pinned if (pythons := _python_that(name)) is not None}
+    assert len(allowed) > 0.9 * len(pinned)  # in an environment with less this test would look at nothing
+    assert {name: str(pythons) for name, pythons in allowed.items() if oldest not in pythons} == {}
