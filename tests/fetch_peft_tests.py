@@ -41,14 +41,25 @@ def fetch() -> Path:
         (archive,) = source.glob("peft-*.tar.gz")
         suite = source / archive.name.removesuffix(".tar.gz")
         with tarfile.open(archive) as tar:
-            tests = [member for member in tar if member.name.startswith(f"{suite.name}/tests/")]
-            tar.extractall(source, tests, filter="data")
+            for member in tar:
+                if member.isfile() and member.name.startswith(f"{suite.name}/tests/"):
+                    _extract(tar, member, source)
         # the archive has no `__init__.py`, but its modules import each other relatively
         (suite / "tests" / "__init__.py").touch()
         # so that pytest does not go on to the settings of this repository, which do not fit here
         (suite / "pytest.ini").write_text("[pytest]\n")
         suite.rename(destination)  # last, so that what exists is complete
     return destination
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, directory: Path) -> None:
+    """Write a file of the archive below `directory`, and nowhere else; Python before 3.11.4 has no filter for that."""
+    path = (directory / member.name).resolve()
+    content = tar.extractfile(member)
+    assert content is not None
+    assert path.is_relative_to(directory.resolve()), member.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.read())
 
 
 if __name__ == "__main__":
