@@ -194,7 +194,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
     def _add_factored(self, adapter_name: str, factors: Factors, config: OIALRConfig) -> None:
         factors = starting_factors(factors, config)
         if not config.init_weights:
-            factors = factors._replace(sigma=factors.sigma + _noise_like(factors.sigma))
+            factors = factors._replace(sigma=factors.sigma + _noise_of_core(factors))
         self.set_factors(adapter_name, factors)
 
     @staticmethod
@@ -708,8 +708,18 @@ def _let_ranks_vary() -> None:
 
 
 def _noise_like(matrix: Tensor) -> Tensor:
+    return _noise_scale(matrix) * torch.randn_like(matrix)
+
+
+def _noise_of_core(factors: Factors) -> Tensor:
+    # that of a whole weight, seen in the basis: the signs of singular vectors differ between processors, and do not matter
+    noise = torch.randn(len(factors.u), factors.vh.shape[1], dtype=factors.u.dtype, device=factors.u.device)
+    return _noise_scale(factors.sigma) * (factors.u.mT @ noise @ factors.vh.mT)
+
+
+def _noise_scale(matrix: Tensor) -> Tensor:
     scale = matrix.std() if matrix.numel() > 1 else matrix.abs().max()
-    return NOISE * torch.randn_like(matrix) * torch.where(scale > 0, scale, torch.ones_like(scale))
+    return NOISE * torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def parameters_become_meta() -> bool:

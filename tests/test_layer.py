@@ -614,3 +614,18 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(make_base
     after = layer.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("fields", [FACTORED, RESIDUAL], ids=["factored", "residual"])
+def test_a_start_that_differs_from_the_base_does_not_depend_on_the_signs_of_singular_vectors(fields):
+    """Processors give a pair of singular vectors either sign; a model made with a seed is the same on each of them."""
+    base = linear(6, 4)
+    factors = factorize(base.weight.detach(), rank=3)
+    signs = torch.tensor([1.0, -1.0, -1.0])
+    turned = factors._replace(u=factors.u * signs, vh=signs[:, None] * factors.vh)
+    layer = OIALRLinear(base, "layer")
+    for name, given in (("as found", factors), ("turned", turned)):
+        torch.manual_seed(3)
+        layer.add_adapter(name, OIALRConfig(**{**fields, "init_rank": 3}, init_weights=False), given)
+    assert_close(layer.adapter_weight("turned"), layer.adapter_weight("as found"))
+    assert not torch.allclose(layer.adapter_weight("turned"), factors.weight(), atol=0.01)

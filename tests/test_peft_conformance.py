@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import pytest
 from fetch_peft_tests import fetch
+from peft_conformance.choices import ADAPTERS, CASES, disturbed, texts_of
 from peft_conformance.models import make_models
 from peft_conformance.suites import SUITES, Suite
 
@@ -114,3 +115,10 @@ def test_oialr_passes_the_tests_of_peft(suite: Suite, tmp_path: Path) -> None:
 
     outcomes = Counter(result.outcome for result in results)
     assert outcomes["passed"] >= suite.fewest_passed, outcomes
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
+def test_rounding_turns_no_choice_of_the_models_that_generate(case):
+    """The suites compare texts; a processor that rounds differently must not find others. Rounding is some 1e-7."""
+    texts = texts_of(case)
+    assert all(texts_of(case, change=disturbed)[name] == texts[name] for name in ADAPTERS)

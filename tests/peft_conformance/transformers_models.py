@@ -85,7 +85,7 @@ ENCODER_DECODERS = [
     _encoder_decoder("factored all-linear", "T5", **FACTORED),
     _encoder_decoder("factored expression", "mT5", **FACTORED, target_modules=r".*\.(wi_0|wo)"),
     _encoder_decoder("truncated mask", "T5", **MASKED, target_modules=["q", "v"]),
-    _encoder_decoder("truncated", "BART", **TRUNCATED, target_modules=QUERY_VALUE),
+    _encoder_decoder("truncated", "BART", **TRUNCATED, target_modules=[*QUERY_VALUE, "fc1"]),
     _encoder_decoder("residual", "BART", **RESIDUAL, target_modules=QUERY_VALUE),
     _encoder_decoder("residual tokens", "T5", **RESIDUAL, target_modules=["q", "v"], **TOKENS),
     _encoder_decoder("residual all-linear", "mT5", **RESIDUAL),
