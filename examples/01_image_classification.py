@@ -10,10 +10,17 @@ Other data and pretrained models go by hub id or local path, and every option of
         --model google/vit-base-patch16-224-in21k --cutoff 0.02 --num_train_epochs 3 --learning_rate 5e-5
 """
 
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+# what other packages say about themselves: torchao, where it is installed, and PEFT, which asks for a deprecated attribute
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
@@ -64,6 +71,7 @@ class DemoTrainingArguments(TrainingArguments):
     logging_steps: float = 0.1
     save_strategy: str = "no"
     report_to: str = "none"
+    dataloader_pin_memory: bool = False  # the images are tiny, and without a GPU torch warns
 
 
 def load_data(example: ExampleArguments) -> DatasetDict:

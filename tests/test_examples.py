@@ -29,10 +29,15 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 def run(example: str, *arguments: object, launcher: tuple[object, ...] = ()) -> str:
     """What the example prints; nothing may be downloaded."""
+    return process_of(example, *arguments, launcher=launcher).stdout
+
+
+def process_of(example: str, *arguments: object, launcher: tuple[object, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """The example, run to its end."""
     command = [sys.executable, *launcher, EXAMPLES / example, *arguments]
     process = subprocess.run([*map(str, command)], env=OFFLINE, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr[-3000:]
-    return process.stdout
+    return process
 
 
 def before_and_after(what: str, output: str) -> tuple[float, float]:
@@ -60,7 +65,8 @@ def test_every_example_is_tested():
 
 
 def test_image_classification_compares_dense_and_oialr(tmp_path):
-    output = run("01_image_classification.py", "--output_dir", tmp_path, "--max_steps", 25)
+    process = process_of("01_image_classification.py", "--output_dir", tmp_path, "--max_steps", 25)
+    output = process.stdout
     rows = comparison(output)
     assert rows.keys() == {"dense", "OIALR"}
     assert rows["dense"]["share"] == 100
@@ -69,6 +75,8 @@ def test_image_classification_compares_dense_and_oialr(tmp_path):
     assert (tmp_path / "history.png").stat().st_size > 10_000
     assert (tmp_path / "oialr" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "dense" / "model.safetensors").is_file()
+    # bars of progress are all that a first look shows beside the output: no warning, no line of a logger
+    assert not re.search(r"Warning|warn|Failed|deprecated|^[WE]\d{4} ", process.stderr, re.MULTILINE), process.stderr
 
 
 @pytest.mark.slow
