@@ -26,9 +26,9 @@ from pretraining import AfterStep, adamw, compare, described, train
 from torch import Size, Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from oialr_peft import check, learning_rate
-from oialr_peft.layer import OIALRLinear
-from oialr_peft.moments import is_moment, transport_state
+from oialr_peft.engine import check, learning_rate
+from oialr_peft.linalg.moments import is_moment, transport_state
+from oialr_peft.tuner.layer import OIALRLinear
 
 Found = dict[str, Any] | None
 

@@ -17,9 +17,9 @@ import torch
 from common import interleaved, parser, print_table, start
 from torch import Tensor, nn
 
-from oialr_peft.factors import Factors, factorize
-from oialr_peft.matricization import Convolution
-from oialr_peft.ops import build, chain_cost
+from oialr_peft.linalg.factors import Factors, factorize
+from oialr_peft.linalg.ops import build, chain_cost
+from oialr_peft.tuner.matricization import Convolution
 
 SHAPES = "64x64x3@56,256x64x1@56,256x256x3@14,512x512x3@7"  # of a ResNet-50: out × in × kernel @ image size
 RATIOS = "0.0625,0.25,0.5,1"

@@ -13,7 +13,7 @@ The model is a Llama with tied embeddings; the text is JSON (title to text) or p
 pair encoding is trained on the others. AdamW, linear warm-up, cosine decay. Printed are means and standard deviations over seeds:
 
 perplexity    on the first `--evaluated` held-out sequences, after the last step
-TFLOP         of the whole training: products of linear layers at the ranks they had, by the routes of `oialr_peft.ops`; attention;
+TFLOP         of the whole training: products of linear layers at the ranks they had, by the routes of `oialr_peft.linalg.ops`; attention;
               decompositions and what follows them in OIALR's checks, decompositions and projections of GaLore
 trainable     percent of the dense model's parameters: mean over all steps, and after the last
 jump          largest relative rise of the loss on one fixed batch from before a check to after it
@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oialr_peft import OIALRConfig, OIALRUpdate
-from oialr_peft.layer import OIALRLinear
-from oialr_peft.ops import build_cost
+from oialr_peft.linalg.ops import build_cost
+from oialr_peft.tuner.layer import OIALRLinear
 
 GALORE = {
     "rank": 64,

@@ -1,6 +1,6 @@
 """Is a factored layer faster than `nn.Linear`, and does the cost model choose the fastest route?
 
-One forward and backward of an inner layer (the input needs a gradient) by each route of `oialr_peft.ops`, as a ratio to
+One forward and backward of an inner layer (the input needs a gradient) by each route of `oialr_peft.linalg.ops`, as a ratio to
 `F.linear` with a trained weight:
 
 chain          x V Σᵀ Uᵀ
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from common import interleaved, parser, print_table, start
 from torch import Tensor
 
-from oialr_peft import ops
-from oialr_peft.factors import Factors
+from oialr_peft.linalg import ops
+from oialr_peft.linalg.factors import Factors
 
 SHAPES = "768x768,3072x768,4096x4096,11008x4096"
 RATIOS = "0.0625,0.125,0.25,0.5,0.75,1"

@@ -24,11 +24,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from oialr_peft.basis import SKETCH_COLUMNS, is_sketched
-from oialr_peft.decompositions import _scaled_newton_schulz, decompose
-from oialr_peft.distributed import longest_first
-from oialr_peft.ops import build_cost, cheapest_route, narrow_cost, wide_cost
-from oialr_peft.schedule import rank_of
+from oialr_peft.linalg.basis import SKETCH_COLUMNS, is_sketched
+from oialr_peft.linalg.decompositions import _scaled_newton_schulz, decompose
+from oialr_peft.linalg.ops import build_cost, cheapest_route, narrow_cost, wide_cost
+from oialr_peft.parallel.distributed import longest_first
+from oialr_peft.tuner.quantities import rank_of
 
 Product = tuple[int, int, int]  # (a, b) by (b, c): a·b·c multiply-adds
 POLAR_STEPS = sum(1 for _ in _scaled_newton_schulz(torch.float32))

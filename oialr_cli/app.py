@@ -87,7 +87,7 @@ def inspect(
 ) -> None:
     """Show ranks, sizes, compression and settings of a checkpoint. Reads headers of files, no tensors."""
     from oialr_cli.output import inspection_text, print_json
-    from oialr_peft.inspection import inspect_checkpoint
+    from oialr_peft.storage.inspection import inspect_checkpoint
 
     found = inspect_checkpoint(checkpoint)
     print_json(found.to_dict()) if json else typer.echo(inspection_text(found, every_layer=layers))
@@ -119,7 +119,7 @@ def estimate(
     import torch
 
     from oialr_cli.output import estimate_text, print_json
-    from oialr_peft import estimate as estimation
+    from oialr_peft.report import estimate as estimation
 
     mode: estimation.Mode = "pretraining" if pretraining else "residual" if residual else "replace"
     count = int(rank) if rank >= 1 else rank
@@ -141,7 +141,7 @@ def export(
 ) -> None:
     """Write a checkpoint as a low-rank model, a dense model, or a LoRA adapter (residual adapters only)."""
     from oialr_cli.output import print_json
-    from oialr_peft.conversion import convert
+    from oialr_peft.storage.conversion import convert
 
     difference = convert(checkpoint, to.value, output, base=base)
     if json:

@@ -9,12 +9,12 @@ from typing import Any
 
 import typer
 
-from oialr_peft.card import SavedLayer, layer_group, layer_kinds
-from oialr_peft.estimate import Estimate, Phase
-from oialr_peft.inspection import Inspection
+from oialr_peft.files.card import SavedLayer, layer_group, layer_kinds
 from oialr_peft.report.comparison import ABSENT, Comparison
+from oialr_peft.report.estimate import Estimate, Phase
 from oialr_peft.report.ranks import aligned
 from oialr_peft.report.words import byte_size, setting
+from oialr_peft.storage.inspection import Inspection
 
 
 def print_json(content: Any) -> None:

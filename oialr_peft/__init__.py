@@ -12,15 +12,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from oialr_peft import registration as _registration
+from oialr_peft.tuner import registration as _registration
 
 _registration.check_versions()
 _registration.extend_peft_type()
 
-from oialr_peft.config import OIALRConfig  # noqa: E402  (needs the extended enum)
-from oialr_peft.controller import OIALRController  # noqa: E402
-from oialr_peft.export import save_dense, save_lora, save_low_rank, to_dense  # noqa: E402
-from oialr_peft.factors import (  # noqa: E402
+from oialr_peft.engine.controller import OIALRController  # noqa: E402
+from oialr_peft.engine.update import OIALRUpdate  # noqa: E402
+from oialr_peft.linalg.factors import (  # noqa: E402
     Factors,
     factorize,
     polar_factor,
@@ -28,10 +27,11 @@ from oialr_peft.factors import (  # noqa: E402
     stability,
     truncate,
 )
-from oialr_peft.hub import keep_cards_in_pushes as _keep_cards_in_pushes  # noqa: E402
-from oialr_peft.low_rank import register as _register_format  # noqa: E402
-from oialr_peft.model import OIALRModel  # noqa: E402
-from oialr_peft.update import OIALRUpdate  # noqa: E402
+from oialr_peft.storage.export import save_dense, save_lora, save_low_rank, to_dense  # noqa: E402
+from oialr_peft.storage.hub import keep_cards_in_pushes as _keep_cards_in_pushes  # noqa: E402
+from oialr_peft.storage.low_rank import register as _register_format  # noqa: E402
+from oialr_peft.tuner.config import OIALRConfig  # noqa: E402  (needs the extended enum)
+from oialr_peft.tuner.model import OIALRModel  # noqa: E402
 
 _registration.register(OIALRConfig, OIALRModel)
 _register_format()
@@ -39,15 +39,15 @@ _keep_cards_in_pushes()
 
 if TYPE_CHECKING:
     from oialr_peft.report import plot_history, rank_table
-    from oialr_peft.trainer import OIALRCallback, OIALRTrainer, OIALRTrainerMixin
+    from oialr_peft.trainer.trainer import OIALRCallback, OIALRTrainer, OIALRTrainerMixin
 
 __version__ = "0.1.0.dev0"
 
 # importing these costs seconds (transformers.Trainer, matplotlib), so they are imported on first use
 _LAZY = {
-    "OIALRCallback": "oialr_peft.trainer",
-    "OIALRTrainer": "oialr_peft.trainer",
-    "OIALRTrainerMixin": "oialr_peft.trainer",
+    "OIALRCallback": "oialr_peft.trainer.trainer",
+    "OIALRTrainer": "oialr_peft.trainer.trainer",
+    "OIALRTrainerMixin": "oialr_peft.trainer.trainer",
     "plot_history": "oialr_peft.report",
     "rank_table": "oialr_peft.report",
 }

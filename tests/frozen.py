@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer, save_low_rank
-from oialr_peft.config import FORMAT_VERSION
+from oialr_peft.tuner.config import FORMAT_VERSION
 
 DATA = Path(__file__).parent / "data"
 STEPS, SAVED_AT = 12, 6

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer
-from oialr_peft.model import adapter_layers
-from oialr_peft.sharding import whole
+from oialr_peft.parallel.sharding import whole
+from oialr_peft.tuner.model import adapter_layers
 
 
 class Tower(nn.Module):

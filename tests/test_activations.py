@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.layer import OIALRLinear
-from oialr_peft.model import adapter_layers
-from oialr_peft.ops import build, build_cost, built_cost, cheapest_route, fold, narrow_cost, wide_cost
+from oialr_peft.linalg.ops import build, build_cost, built_cost, cheapest_route, fold, narrow_cost, wide_cost
+from oialr_peft.tuner.layer import OIALRLinear
+from oialr_peft.tuner.model import adapter_layers
 
 TOKENS, M, N, RANK = 40, 24, 16, 3
 FACTORED = {"freeze_when": "delay", "delay": 0, "update_every": 100}
@@ -255,8 +255,8 @@ def test_a_product_is_made_once_per_optimizer_step(rank, route, run, autocast, m
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
     controller = OIALRController(model, optimizer, total_steps=1000)
     made: list[str] = []
-    monkeypatch.setattr("oialr_peft.layer.fold", lambda factors: made.append("folded") or fold(factors))
-    monkeypatch.setattr("oialr_peft.layer.build", lambda factors: made.append("built") or build(factors))
+    monkeypatch.setattr("oialr_peft.tuner.layer.fold", lambda factors: made.append("folded") or fold(factors))
+    monkeypatch.setattr("oialr_peft.tuner.layer.build", lambda factors: made.append("built") or build(factors))
     x = torch.randn(tokens, 24).requires_grad_()
     for step in range(1, 4):
         for _ in range(3):  # micro-batches

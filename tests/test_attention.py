@@ -14,8 +14,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.attention import SplitAttention
-from oialr_peft.model import adapter_layers
+from oialr_peft.tuner.attention import SplitAttention
+from oialr_peft.tuner.model import adapter_layers
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from oialr_peft import basis as basis_module
 from oialr_peft import polar_factor, stability
-from oialr_peft.basis import SKETCH_COLUMNS, is_sketched, kept_of, stability_error, stability_of_kept
-from oialr_peft.decompositions import Decomposition
+from oialr_peft.linalg import basis as basis_module
+from oialr_peft.linalg.basis import SKETCH_COLUMNS, is_sketched, kept_of, stability_error, stability_of_kept
+from oialr_peft.linalg.decompositions import Decomposition
 
 pytestmark = pytest.mark.usefixtures("float64")
 

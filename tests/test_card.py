@@ -10,9 +10,10 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import BertForSequenceClassification
 
-from oialr_peft import OIALRConfig, OIALRUpdate, card, save_low_rank
-from oialr_peft.card import Run, SavedLayer, SavedModel
-from oialr_peft.model import adapter_layers, saved_model
+from oialr_peft import OIALRConfig, OIALRUpdate, save_low_rank
+from oialr_peft.files import card
+from oialr_peft.files.card import Run, SavedLayer, SavedModel
+from oialr_peft.tuner.model import adapter_layers, saved_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),
@@ -253,7 +254,7 @@ def test_the_section_describes_the_saved_layers(tmp_path, bert):
     assert card.layers_table(saved.layers) in text
     assert [layer.name for layer in saved.layers if layer.rank is None] == [dense.name]
     assert (saved.base_class, saved.num_labels) == ("BertForSequenceClassification", 3)
-    assert card.settings_table(model.peft_config["default"].card_settings()) in text
+    assert card.settings_table(model.peft_config["default"].shown_settings()) in text
     assert "| `init_rank` | `0.5` |" in text
 
 

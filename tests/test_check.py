@@ -11,14 +11,14 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-import oialr_peft.check as check_module
+import oialr_peft.engine.check as check_module
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.check import Check
-from oialr_peft.inputs import Recorder
-from oialr_peft.moments import OptimizerSlots, is_moment, moments_of
-from oialr_peft.movement import Movement
-from oialr_peft.schedule import Schedule
-from oialr_peft.trained_layers import TrainedLayers
+from oialr_peft.engine.check import Check
+from oialr_peft.engine.inputs import Recorder
+from oialr_peft.engine.movement import Movement
+from oialr_peft.engine.schedule import Schedule
+from oialr_peft.engine.trained_layers import TrainedLayers
+from oialr_peft.linalg.moments import OptimizerSlots, is_moment, moments_of
 
 
 def two_layers(*, dtype=torch.float64, make=torch.optim.AdamW, **settings):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from oialr_peft import OIALRConfig, OIALRTrainer, save_low_rank
-from oialr_peft.layer import OIALRLinear
+from oialr_peft.tuner.layer import OIALRLinear
 
 FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 3, "init_weights": False}
 LAYER = "base_model.model.bert.encoder.layer.0.attention.self.query"

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from oialr_cli.app import app
 from oialr_peft import OIALRConfig
-from oialr_peft.record import write_record
+from oialr_peft.storage.record import write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [

@@ -29,11 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import BertForSequenceClassification, TrainerCallback
 
-from oialr_peft import OIALRConfig, config, controller, low_rank
-from oialr_peft.inspection import inspect_checkpoint
-from oialr_peft.model import adapter_layers
-from oialr_peft.record import FORMAT_VERSION, RECORD_NAME, read_record
-from oialr_peft.trainer import STATE_NAME, read_state
+from oialr_peft import OIALRConfig
+from oialr_peft.engine import controller
+from oialr_peft.storage import low_rank
+from oialr_peft.storage.inspection import inspect_checkpoint
+from oialr_peft.storage.record import FORMAT_VERSION, RECORD_NAME, read_record
+from oialr_peft.trainer.trainer import STATE_NAME, read_state
+from oialr_peft.tuner import config
+from oialr_peft.tuner.model import adapter_layers
 
 FORMATS = sorted(DATA.glob("format-*"))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32, on any machine

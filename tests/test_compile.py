@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer
-from oialr_peft.layer import FACTOR_NAMES
-from oialr_peft.model import adapter_layers
+from oialr_peft.tuner.layer import FACTOR_NAMES
+from oialr_peft.tuner.model import adapter_layers
 
 pytestmark = [
     pytest.mark.usefixtures("float64", "fresh_compiler"),

@@ -13,8 +13,8 @@ import pytest
 from peft import PeftConfig, PeftType, get_peft_model
 
 from oialr_peft import OIALRConfig
-from oialr_peft.card import SavedLayer, SavedModel
-from oialr_peft.config import FORMAT_VERSION
+from oialr_peft.files.card import SavedLayer, SavedModel
+from oialr_peft.tuner.config import FORMAT_VERSION
 
 BAD_VALUES = {
     "target_modules": [3, [], set(), [1], [["a"]], {"a": 1}],

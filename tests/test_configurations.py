@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.factors import not_finite
-from oialr_peft.model import adapter_layers
+from oialr_peft.linalg.factors import not_finite
+from oialr_peft.tuner.model import adapter_layers
 
 FIELDS = [field.name for field in dataclasses.fields(OIALRConfig)]
 OWN_FIELDS = [name for name in FIELDS if name not in {field.name for field in dataclasses.fields(PeftConfig)}]

@@ -16,9 +16,10 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oialr_peft import OIALRConfig, OIALRController, decompositions, factorize
-from oialr_peft.model import adapter_layers
-from oialr_peft.moments import OptimizerSlots
+from oialr_peft import OIALRConfig, OIALRController, factorize
+from oialr_peft.linalg import decompositions
+from oialr_peft.linalg.moments import OptimizerSlots
+from oialr_peft.tuner.model import adapter_layers
 
 SHAPES = [(12, 8), (10, 12), (9, 10), (4, 9)]  # (out, in): tall, wide, nearly square
 STEPS = 120

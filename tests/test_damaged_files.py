@@ -26,11 +26,11 @@ from transformers.utils import logging as transformers_logging
 
 from oialr_cli.output import inspection_text
 from oialr_peft import OIALRCallback, OIALRConfig, OIALRController, save_low_rank
-from oialr_peft.conversion import convert
-from oialr_peft.inspection import inspect_checkpoint
-from oialr_peft.model import adapter_layers
-from oialr_peft.record import RECORD_NAME, read_record, write_record
-from oialr_peft.trainer import STATE_NAME, read_state
+from oialr_peft.storage.conversion import convert
+from oialr_peft.storage.inspection import inspect_checkpoint
+from oialr_peft.storage.record import RECORD_NAME, read_record, write_record
+from oialr_peft.trainer.trainer import STATE_NAME, read_state
+from oialr_peft.tuner.model import adapter_layers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 3}

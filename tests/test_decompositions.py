@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from oialr_peft import decompositions as routes
 from oialr_peft import stability
-from oialr_peft.decompositions import (
+from oialr_peft.linalg import decompositions as routes
+from oialr_peft.linalg.decompositions import (
     SVD,
     Decomposition,
     decompose,

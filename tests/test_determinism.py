@@ -19,10 +19,11 @@ from test_trainer import trained as trained_bert
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer
 
-from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer, decompositions, plot_history, rank_table
-from oialr_peft.export import save_dense, save_lora, save_low_rank, to_dense
-from oialr_peft.model import adapter_layers
+from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer, plot_history, rank_table
+from oialr_peft.linalg import decompositions
 from oialr_peft.report.run import run_report
+from oialr_peft.storage.export import save_dense, save_lora, save_low_rank, to_dense
+from oialr_peft.tuner.model import adapter_layers
 
 # ---- the same run again ----------------------------------------------------------------------------------------------
 

@@ -38,14 +38,14 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.testing import assert_close
 
-import oialr_peft.check as check_module
-import oialr_peft.controller as controller_module
-import oialr_peft.distributed as distributed_module
+import oialr_peft.engine.check as check_module
+import oialr_peft.engine.controller as controller_module
+import oialr_peft.parallel.distributed as distributed_module
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.basis import SKETCH_COLUMNS
-from oialr_peft.check import Check
-from oialr_peft.distributed import Job, Processes, longest_first
-from oialr_peft.model import adapter_layers
+from oialr_peft.engine.check import Check
+from oialr_peft.linalg.basis import SKETCH_COLUMNS
+from oialr_peft.parallel.distributed import Job, Processes, longest_first
+from oialr_peft.tuner.model import adapter_layers
 
 # ---- equality --------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oialr_peft import OIALRConfig
-from oialr_peft.estimate import estimate
-from oialr_peft.ops import built_cost, chain_cost, crossover_rank, folded_cost, inference_crossover_rank, route_cost
+from oialr_peft.linalg.ops import (
+    built_cost,
+    chain_cost,
+    crossover_rank,
+    folded_cost,
+    inference_crossover_rank,
+    route_cost,
+)
+from oialr_peft.report.estimate import estimate
 
 TOKENS = 64
 SETTINGS = {

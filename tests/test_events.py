@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.model import adapter_layers
+from oialr_peft.tuner.model import adapter_layers
 
 TOTAL_STEPS = 30
 NAMES = ["first", "second", "third"]

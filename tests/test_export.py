@@ -33,9 +33,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft import OIALRConfig, save_dense, save_lora, save_low_rank, to_dense
-from oialr_peft.attention import SplitAttention
-from oialr_peft.low_rank import LowRankConfig, LowRankLinear
-from oialr_peft.model import adapter_layers
+from oialr_peft.storage.low_rank import LowRankConfig, LowRankLinear
+from oialr_peft.tuner.attention import SplitAttention
+from oialr_peft.tuner.model import adapter_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from oialr_peft import Factors, factorize, polar_factor, rediagonalize, stability, truncate
-from oialr_peft.factors import (
+from oialr_peft.linalg.factors import (
     axis_rotation,
     changed,
     compute_dtype,

@@ -27,9 +27,9 @@ from oialr_peft import (
     stability,
     truncate,
 )
-from oialr_peft.factors import DTYPES, rotation_of
-from oialr_peft.model import adapter_layers
-from oialr_peft.moments import transport_state
+from oialr_peft.linalg.factors import DTYPES, rotation_of
+from oialr_peft.linalg.moments import transport_state
+from oialr_peft.tuner.model import adapter_layers
 
 # a few rounding errors of one entry; narrow dtypes are rounded once, at the end
 ROUNDING = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -12,13 +12,14 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from oialr_peft import OIALRConfig, OIALRController, pruning
-from oialr_peft.decompositions import principal_directions
-from oialr_peft.factors import Rotation
-from oialr_peft.inputs import POSITIONS, STEPS, Recorded
-from oialr_peft.layer import OIALRLinear
-from oialr_peft.matricization import matricization_of
-from oialr_peft.model import adapter_layers
+from oialr_peft import OIALRConfig, OIALRController
+from oialr_peft.engine import pruning
+from oialr_peft.engine.inputs import POSITIONS, STEPS, Recorded
+from oialr_peft.linalg.decompositions import principal_directions
+from oialr_peft.linalg.factors import Rotation
+from oialr_peft.tuner.layer import OIALRLinear
+from oialr_peft.tuner.matricization import matricization_of
+from oialr_peft.tuner.model import adapter_layers
 
 pytestmark = pytest.mark.usefixtures("float64")
 

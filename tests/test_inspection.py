@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_runs import train
 
 from oialr_peft import OIALRConfig, save_low_rank
-from oialr_peft.inspection import inspect_checkpoint
-from oialr_peft.model import adapter_layers, saved_model
+from oialr_peft.storage.inspection import inspect_checkpoint
+from oialr_peft.tuner.model import adapter_layers, saved_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),

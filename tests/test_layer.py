@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft import Factors, OIALRConfig, factorize
-from oialr_peft.layer import OIALRLinear
+from oialr_peft.tuner.layer import OIALRLinear
 
 pytestmark = pytest.mark.usefixtures("float64")
 

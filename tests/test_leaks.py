@@ -24,9 +24,10 @@ from test_trainer import trained as trained_bert
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from oialr_peft import OIALRConfig, OIALRController, decompositions, plot_history
-from oialr_peft.model import adapter_layers
+from oialr_peft import OIALRConfig, OIALRController, plot_history
+from oialr_peft.linalg import decompositions
 from oialr_peft.report.run import run_report
+from oialr_peft.tuner.model import adapter_layers
 
 MEBIBYTE = 2**20
 WIDTH = 24

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.learning_rate import CEILING, RESTART_LIMIT, norm_scale, restart_scale, scales_entries
+from oialr_peft.engine.learning_rate import CEILING, RESTART_LIMIT, norm_scale, restart_scale, scales_entries
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft import OIALRConfig, OIALRController, factorize
-from oialr_peft.layer import OIALRLinear
-from oialr_peft.matricization import matricization_of
-from oialr_peft.ops import build, fold
+from oialr_peft.linalg.ops import build, fold
+from oialr_peft.tuner.layer import OIALRLinear
+from oialr_peft.tuner.matricization import matricization_of
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.basis import SKETCH_COLUMNS
-from oialr_peft.model import adapter_layers
+from oialr_peft.linalg.basis import SKETCH_COLUMNS
+from oialr_peft.tuner.model import adapter_layers
 
 _SPEC = importlib.util.spec_from_file_location(
     "benchmarks_memory", Path(__file__).resolve().parents[1] / "benchmarks" / "memory.py"

@@ -16,8 +16,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.layer import OIALRLinear
-from oialr_peft.model import STEPS_UNTIL_WARNING, OIALRModel, _exactly, adapter_layers
+from oialr_peft.tuner.layer import OIALRLinear
+from oialr_peft.tuner.model import STEPS_UNTIL_WARNING, OIALRModel, _exactly, adapter_layers
 
 DENSE = {}
 FACTORED = {"freeze_when": "delay", "delay": 0}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from oialr_peft.moments import (
+from oialr_peft.linalg.moments import (
     OptimizerSlots,
     empty_state,
     moments_of,

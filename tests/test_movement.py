@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from oialr_peft import OIALRConfig, OIALRController, polar_factor, stability
-from oialr_peft.movement import Movement, basis_distance
+from oialr_peft.engine.movement import Movement, basis_distance
 
 pytestmark = pytest.mark.usefixtures("float64")
 

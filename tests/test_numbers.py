@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft import decompositions as routes
-from oialr_peft.decompositions import SVD, Decomposition, leading_svd, polar_iteration, svd_by_polar
-from oialr_peft.factors import count_above, not_finite
-from oialr_peft.model import adapter_layers
+from oialr_peft.linalg import decompositions as routes
+from oialr_peft.linalg.decompositions import SVD, Decomposition, leading_svd, polar_iteration, svd_by_polar
+from oialr_peft.linalg.factors import count_above, not_finite
+from oialr_peft.tuner.model import adapter_layers
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 SHAPES = [(6, 4), (5, 6), (3, 5)]

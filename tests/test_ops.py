@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from oialr_peft import Factors, factorize
-from oialr_peft.ops import (
+from oialr_peft.linalg.ops import (
     build,
     build_cost,
     built_cost,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from oialr_peft import Factors, OIALRConfig, OIALRController, factorize, rediagonalize, truncate
-from oialr_peft.model import adapter_layers
-from oialr_peft.ops import build, built_linear, cheapest_route, factored_linear, fold, folded_linear
+from oialr_peft.linalg.ops import build, built_linear, cheapest_route, factored_linear, fold, folded_linear
+from oialr_peft.tuner.model import adapter_layers
 
 HALF = [torch.bfloat16, torch.float16]
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # largest relative rounding error

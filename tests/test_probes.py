@@ -16,8 +16,8 @@ from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer
-from oialr_peft.matricization import matricization_of
-from oialr_peft.model import adapter_layers
+from oialr_peft.tuner.matricization import matricization_of
+from oialr_peft.tuner.model import adapter_layers
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.ops import build, cheapest_route
+from oialr_peft.linalg.ops import build, cheapest_route
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -63,7 +63,7 @@ def test_the_weight_is_built_once_per_optimizer_step(monkeypatch):
     x = torch.randn(400, 12)
     assert cheapest_route(12, 12, 12, 400) == "built"
     built = []
-    monkeypatch.setattr("oialr_peft.layer.build", lambda factors: built.append(1) or build(factors))
+    monkeypatch.setattr("oialr_peft.tuner.layer.build", lambda factors: built.append(1) or build(factors))
     for step in range(1, 4):
         for _ in range(4):  # micro-batches
             model(x).square().mean().backward()
@@ -214,6 +214,6 @@ def test_gradient_checkpointing_uses_the_same_product(monkeypatch):
     model, _, _ = adapted()
     x = torch.randn(400, 12, requires_grad=True)
     built = []
-    monkeypatch.setattr("oialr_peft.layer.build", lambda factors: built.append(1) or build(factors))
+    monkeypatch.setattr("oialr_peft.tuner.layer.build", lambda factors: built.append(1) or build(factors))
     torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).square().mean().backward()
     assert len(built) == 1

@@ -13,9 +13,11 @@ from peft import get_peft_model
 from test_trainer import trained
 from transformers.utils import logging as transformers_logging
 
-from oialr_peft import OIALRConfig, OIALRController, progress
-from oialr_peft.model import adapter_layers
-from oialr_peft.update import OIALRUpdate
+from oialr_peft import OIALRConfig, OIALRController
+from oialr_peft.engine.log import log_check
+from oialr_peft.engine.update import OIALRUpdate
+from oialr_peft.parallel import progress
+from oialr_peft.tuner.model import adapter_layers
 
 STEPS, EVERY = 12, 3
 
@@ -142,7 +144,7 @@ def test_many_names_are_shortened(caplog):
     names = [f"layer.{index}" for index in range(5)]
     update = OIALRUpdate(step=4, frozen=names, trainable=1, total=2)
     with caplog.at_level(logging.INFO, logger="oialr_peft"):
-        progress.log_check(logging.getLogger("oialr_peft.controller"), update, dict.fromkeys(names, 2))
+        log_check(logging.getLogger("oialr_peft.controller"), update, dict.fromkeys(names, 2))
     assert (
         "froze 5 layers (layer.0, layer.1, layer.2, 2 more), 5 of 5 layers factored" in lines(caplog, logging.INFO)[0]
     )

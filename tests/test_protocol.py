@@ -29,7 +29,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.model import adapter_layers
+from oialr_peft.tuner.model import adapter_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),

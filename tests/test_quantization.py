@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from oialr_peft import OIALRConfig, OIALRController, factorize, save_dense, save_lora
-from oialr_peft.model import adapter_layers
-from oialr_peft.quantization import dequantized_dtype, dequantized_weight, is_quantized
+from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.quantization import dequantized_dtype, dequantized_weight, is_quantized
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")

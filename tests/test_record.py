@@ -11,7 +11,7 @@ from tiny_runs import record
 from transformers import Trainer
 
 from oialr_peft import OIALRCallback
-from oialr_peft.record import RECORD_NAME, find_record, finite_numbers, read_record, write_record
+from oialr_peft.storage.record import RECORD_NAME, find_record, finite_numbers, read_record, write_record
 
 
 def written(directory, **changes):

@@ -18,7 +18,8 @@ from peft.utils import register_peft_method
 from torch.testing import assert_close
 
 import oialr_peft
-from oialr_peft import OIALRConfig, OIALRModel, registration
+from oialr_peft import OIALRConfig, OIALRModel
+from oialr_peft.tuner import registration
 
 PACKAGE = Path(oialr_peft.__file__).parent
 
@@ -179,7 +180,7 @@ def random_states():
 states = random_states()
 before = set(sys.modules)
 import oialr_peft
-for slow in ("transformers.trainer", "torch.distributed.optim", "oialr_peft.trainer", "oialr_peft.report"):
+for slow in ("transformers.trainer", "torch.distributed.optim", "oialr_peft.trainer.trainer", "oialr_peft.report"):
     assert slow not in sys.modules, slow
 # PEFT itself imports what it finds of torchao and bitsandbytes; nothing may come on top
 added = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
@@ -200,11 +201,11 @@ def model_works():
 model_works()
 """,
     "reload": """
-import importlib, oialr_peft.registration
-importlib.reload(oialr_peft.registration)
+import importlib, oialr_peft.tuner.registration
+importlib.reload(oialr_peft.tuner.registration)
 importlib.reload(oialr_peft)
 model_works()
-for module in ("config", "factors", "ops", "layer", "model"):
+for module in ("tuner.config", "linalg.factors", "linalg.ops", "tuner.layer", "tuner.model"):
     importlib.reload(importlib.import_module("oialr_peft." + module))
 importlib.reload(oialr_peft)
 model_works()

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from tiny_runs import HOSTILE, record, train
 
 from oialr_peft import OIALRConfig, plot_history, rank_table
-from oialr_peft.model import adapter_layers
-from oialr_peft.record import RECORD_NAME, find_record, read_record, write_record
 from oialr_peft.report.comparison import Comparison
 from oialr_peft.report.labels import common_prefix, kinds, layer_ticks, short_names
 from oialr_peft.report.plots import layers_of, trainable_at
 from oialr_peft.report.run import run_report
 from oialr_peft.report.spectra import spectra_of_checkpoint, spectra_of_model
+from oialr_peft.storage.record import RECORD_NAME, find_record, read_record, write_record
+from oialr_peft.tuner.model import adapter_layers
 
 FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 3}
 pytestmark = pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning")

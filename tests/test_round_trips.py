@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from oialr_peft import OIALRConfig, OIALRController, save_dense, save_lora, save_low_rank
-from oialr_peft.model import adapter_layers
+from oialr_peft.tuner.model import adapter_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),

@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from oialr_peft import OIALRConfig, OIALRController, factorize
-from oialr_peft.model import adapter_layers
+from oialr_peft.tuner.model import adapter_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head:UserWarning"),

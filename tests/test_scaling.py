@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.decompositions import polar_iteration
-from oialr_peft.ops import built_cost, chain_cost, cheapest_route, folded_cost
+from oialr_peft.linalg.decompositions import polar_iteration
+from oialr_peft.linalg.ops import built_cost, chain_cost, cheapest_route, folded_cost
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 BATCH, LENGTH = 2, 8

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from oialr_peft.schedule import Schedule, rank_of, steps_of
+from oialr_peft.engine.schedule import Schedule
+from oialr_peft.tuner.quantities import rank_of, steps_of
 
 
 def schedule(**fields):

@@ -24,9 +24,9 @@ from transformers import AutoModelForSequenceClassification
 
 import oialr_peft
 from oialr_peft import OIALRConfig, save_low_rank
-from oialr_peft.checkpoints import tensors_in
-from oialr_peft.conversion import convert
-from oialr_peft.inspection import inspect_checkpoint
+from oialr_peft.files.checkpoints import tensors_in
+from oialr_peft.storage.conversion import convert
+from oialr_peft.storage.inspection import inspect_checkpoint
 
 PACKAGE = Path(oialr_peft.__file__).parent
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "oialr_cli").glob("*.py")])
@@ -107,13 +107,13 @@ def watch(event, arguments):
 EVERYTHING = False
 sys.addaudithook(watch)
 import oialr_peft
-import oialr_peft.trainer, oialr_peft.report, oialr_peft.report.run, oialr_peft.report.comparison
-import oialr_peft.inspection, oialr_peft.conversion, oialr_peft.estimate, oialr_peft.hub, oialr_cli.app
+import oialr_peft.trainer.trainer, oialr_peft.report, oialr_peft.report.run, oialr_peft.report.comparison
+import oialr_peft.storage.inspection, oialr_peft.storage.conversion, oialr_peft.report.estimate, oialr_peft.storage.hub, oialr_cli.app
 at_import = list(SEEN)
 import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
-from oialr_peft.inspection import inspect_checkpoint
+from oialr_peft.storage.inspection import inspect_checkpoint
 base, adapter, standalone = sys.argv[1:]
 AutoModelForSequenceClassification.from_pretrained(base)  # imports what transformers needs
 PeftModel.from_pretrained(torch.nn.Sequential(torch.nn.Linear(4, 4)), adapter)

@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.testing import assert_close
 
-import oialr_peft.distributed as distributed_module
+import oialr_peft.parallel.distributed as distributed_module
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.check import Check
-from oialr_peft.model import adapter_layers
+from oialr_peft.engine.check import Check
+from oialr_peft.tuner.model import adapter_layers
 
 # ---- equality --------------------------------------------------------------------------------------------------------
 

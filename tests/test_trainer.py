@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from oialr_peft import OIALRCallback, OIALRConfig, OIALRController, OIALRTrainer, OIALRTrainerMixin
-from oialr_peft.model import adapter_layers
-from oialr_peft.trainer import STATE_NAME, last_complete_checkpoint
+from oialr_peft.trainer.trainer import STATE_NAME, last_complete_checkpoint
+from oialr_peft.tuner.model import adapter_layers
 
 STEPS = 24
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from oialr_peft import OIALRCallback, OIALRConfig, OIALRTrainerMixin
-from oialr_peft.model import adapter_layers
+from oialr_peft.tuner.model import adapter_layers
 
 pytest.importorskip("trl")
 from trl import (

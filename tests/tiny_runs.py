@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 from oialr_peft import OIALRUpdate
-from oialr_peft.card import SavedLayer
-from oialr_peft.record import RunRecord
+from oialr_peft.files.card import SavedLayer
+from oialr_peft.storage.record import RunRecord
 
 HOSTILE = '<script>document.title="owned"</script>'
 

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oialr_peft.record import RunRecord, find_record, read_record
 from oialr_peft.report import plots
 from oialr_peft.report.page import Cell, Column, Table, number, plain_table, render
 from oialr_peft.report.svg import Plot, plot
 from oialr_peft.report.words import duration, figure, metric_name, percent, setting
+from oialr_peft.storage.record import RunRecord, find_record, read_record
 
 ABSENT = "–"
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from oialr_peft.engine.update import OIALRUpdate
 from oialr_peft.report.labels import kinds, layer_ticks
 from oialr_peft.report.spectra import Spectra, spectra_of_checkpoint, spectra_of_model
-from oialr_peft.update import OIALRUpdate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from oialr_peft.model import adapter_layers
 from oialr_peft.report.labels import elided
+from oialr_peft.tuner.model import adapter_layers
 
 NAME_WIDTH = 56  # characters of a layer's name in a printed table; longer ones lose their middle
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from oialr_peft.card import layer_kinds
-from oialr_peft.record import RunRecord, find_record, read_record
+from oialr_peft.engine.update import OIALRUpdate
+from oialr_peft.files.card import layer_kinds
 from oialr_peft.report import plots
 from oialr_peft.report.page import Cell, Column, Table, Tile, number, plain_table, render
 from oialr_peft.report.spectra import Spectra, spectra_of_checkpoint
 from oialr_peft.report.svg import Plot, plot
 from oialr_peft.report.words import duration, figure, metric_name, percent, setting
-from oialr_peft.update import OIALRUpdate
+from oialr_peft.storage.record import RunRecord, find_record, read_record
 
 MOST_METRICS = 4  # that have plots of their own
 
