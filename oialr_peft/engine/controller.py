@@ -67,7 +67,7 @@ class OIALRController:
     inside it. It is an object that `accelerator.register_for_checkpointing` accepts.
 
     Each check is logged by the standard `logging` module, on the main process: one line at level INFO of the logger
-    `oialr_peft.engine.controller`, one for each layer at level DEBUG. `logging.basicConfig(level=logging.INFO)` shows the former.
+    `oialr_peft.controller`, one for each layer at level DEBUG. `logging.basicConfig(level=logging.INFO)` shows the former.
 
     Args:
         model: the model, as `get_peft_model` or `model.add_adapter` made it; wrappers are fine.
