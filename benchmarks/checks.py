@@ -26,8 +26,6 @@ def run_checks(args: argparse.Namespace, hidden: int, times: Timings) -> None:
     options = {"freeze_when": "delay", "delay": middle, "update_every": 1, "init_rank": 0.5, "cutoff": 0.0}
     if args.drop:
         options |= {"cutoff": 0.999, "max_output_loss": 0.999, "max_rank_drop": args.drop}
-    if args.prune_by:
-        options["prune_by"] = args.prune_by
     if args.storage:
         options["stability_storage"] = args.storage
     base = base_model("bert", args.layers, hidden).to(args.device)
@@ -80,7 +78,6 @@ def main() -> None:
         "--freezes", type=int, default=2, help="models trained per width, one freeze each (default 2)"
     )
     arguments.add_argument("--storage", help="stability_storage of the run (default: the method's)")
-    arguments.add_argument("--prune-by", help="prune_by of the run (default: the method's)")
     arguments.add_argument("--drop", type=float, help="share of the rank that each Σ update drops (default: none)")
     args = arguments.parse_args()
     start(args)

@@ -108,7 +108,6 @@ def test_a_training_goes_on_where_it_was(directory, tmp_path):
     for name, basis in stored["bases"].items():
         assert torch.equal(begin.state["bases"][name], basis)
     assert json.loads(json.dumps(begin.state["history"])) == stored["history"]
-    assert begin.state["movement"] == stored["movement"]
     assert resumed.oialr_controller.steps == STEPS
     assert any(update.frozen for update in resumed.oialr_controller.history)
 

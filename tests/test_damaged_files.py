@@ -316,17 +316,17 @@ def controlled(model: nn.Module) -> OIALRCallback:
 
 def comparable(controller: OIALRController) -> str:
     state = controller.state_dict()
-    tensors = [{name: tensor.tolist() for name, tensor in state.pop(key).items()} for key in ("bases", "covariances")]
+    tensors = {name: tensor.tolist() for name, tensor in state.pop("bases").items()}
     return json.dumps([state, tensors], sort_keys=True)
 
 
 @cases(200, 2100)
 def test_a_damaged_state_is_refused_with_the_schedule_as_it_was_or_loaded(count: int, tmp_path: Path):
-    config = OIALRConfig(target_modules=["up", "down"], update_every=3, delay=6, prune_by="outputs")
+    config = OIALRConfig(target_modules=["up", "down"], update_every=3, delay=6)
     model = get_peft_model(network(), config)
     callback = controlled(model)
     assert callback.controller is not None
-    for step in range(5):  # after one check, with outputs recorded for the next one
+    for step in range(5):  # after one check
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
         model.base_model.model.down(model.base_model.model.up(x))
         callback.controller.step()
@@ -344,7 +344,5 @@ def test_a_damaged_state_is_refused_with_the_schedule_as_it_was_or_loaded(count:
             state, stored = callback.controller.state_dict(), load_file(tmp_path / damaged)
             for name, basis in state["bases"].items():
                 assert same(basis, stored[name])
-            for name, covariances in state["covariances"].items():
-                assert same(covariances, stored[f"{name}.covariances"])
             callback.controller.load_state_dict(original)
     assert min(outcomes["refused"], outcomes["loaded"]) > count / 30

@@ -31,10 +31,6 @@ RUNS = {
     "stable": (STABLE, {}),
     "half precision": (STABLE, {"dtype": torch.bfloat16}),
     "bounded": ({**STABLE, "max_output_loss": 0.01, "max_rank_drop": 0.5}, {"dtype": torch.float32}),
-    "outputs": (
-        {**STABLE, "prune_by": "outputs", "max_output_loss": 0.01, "max_rank_drop": 0.5},
-        {"dtype": torch.float32},
-    ),
     "masked, sketched": (
         {**STABLE, "shrink": "mask", "stability_storage": "sketch"},
         {"dtype": torch.float32, "accumulate": 2},
@@ -126,9 +122,7 @@ def tower() -> nn.Module:
 
 MODES = {
     "stable": {"freeze_when": "stable", "delay": 4, "stability_threshold": 0.5},
-    "settled": {"freeze_when": "settled", "delay": 4, "settle_ratio": 5.0},
     "bounded": {"freeze_when": "delay", "delay": 4, "max_output_loss": 0.1, "max_rank_drop": 0.5},
-    "outputs": {"freeze_when": "delay", "delay": 4, "max_rank_drop": 0.5, "prune_by": "outputs"},
     "factored": {"freeze_when": "delay", "delay": 0, "init_rank": 6},
     "masked": {"freeze_when": "delay", "delay": 4, "shrink": "mask"},
     "residual": {"residual": True, "init_rank": 6},

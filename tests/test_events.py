@@ -40,7 +40,6 @@ RULES: dict[str, dict[str, Any]] = {"update_every": 2, "cutoff": 0.35, "min_rank
 MODES = {
     "stable": {"freeze_when": "stable", "delay": 4, "stability_threshold": 0.97},
     "delay": {"freeze_when": "delay", "delay": 3},
-    "settled": {"freeze_when": "settled", "delay": 2, "settle_ratio": 2.0},
     "mask": {"freeze_when": "delay", "delay": 4, "shrink": "mask"},
     "created": {"freeze_when": "delay", "delay": 0, "init_rank": 3},
     "residual": {"residual": True, "delay": 0, "init_rank": 3},

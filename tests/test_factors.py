@@ -15,13 +15,10 @@ from torch.testing import assert_close
 
 from oialr_peft import Factors, factorize, polar_factor, rediagonalize, stability, truncate
 from oialr_peft.linalg.factors import (
-    axis_rotation,
-    changed,
     compute_dtype,
     count_needed,
     factorize_all,
     first_not_finite,
-    on_axes,
     rank_to_keep,
     rotate,
     rotation_of,
@@ -366,60 +363,6 @@ def test_a_cut_rotation_truncates_in_the_same_step():
     whole = rotate(factors, rotation)
     assert cut.rank == 3
     assert_close(cut, Factors(whole.u[:, :3], whole.sigma[:3, :3], whole.vh[:3]))
-
-
-# ---- bases close to coordinate axes ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rank", [1, 4, 6])
-def test_columns_close_to_axes_do_not_depend_on_how_they_were_rotated(rank):
-    columns = torch.linalg.qr(torch.randn(6, rank)).Q
-    turned = columns @ torch.linalg.qr(torch.randn(rank, rank)).Q
-    close = columns @ axis_rotation(columns)
-    assert_orthonormal_columns(axis_rotation(columns))
-    assert_close(turned @ axis_rotation(turned), close)
-    assert_close(axis_rotation(close), torch.eye(rank))
-    assert_close(close @ close.mT, columns @ columns.mT)
-    if rank == 6:
-        assert_close(close, torch.eye(6))
-
-
-def test_columns_are_turned_to_the_axes_that_they_nearly_are():
-    """Up to the order and the sign, the columns are axes 4, 1 and 3 with a little noise."""
-    columns = torch.linalg.qr(torch.eye(6)[:, [4, 1, 3]] + 0.01 * torch.randn(6, 3)).Q
-    mixed = columns @ torch.linalg.qr(torch.randn(3, 3)).Q
-    assert_close(mixed @ axis_rotation(mixed), torch.eye(6)[:, [1, 3, 4]], atol=0.05, rtol=0)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_change_to_axes_keeps_the_weight_that_the_rotation_keeps(shape):
-    factors = trained(factorize(torch.randn(shape)))
-    rank = max(1, factors.rank - 1)
-    rotation = rotation_of(factors.sigma).cut(rank)
-    change = rotation.to_axes(factors)
-    ours, expected = changed(factors, change), rotate(factors, rotation)
-    assert ours.rank == rank
-    assert_close(ours.weight(), expected.weight())
-    assert_orthonormal_bases(ours)
-    assert_close(
-        change.p @ change.core @ change.q.mT, rotation.p @ torch.diag(rotation.singular_values) @ rotation.q.mT
-    )
-    assert_close(ours, on_axes(expected))
-
-
-def test_a_dense_weight_that_loses_nothing_keeps_its_own_entries():
-    weight = torch.randn(5, 5)
-    factors = rotation_of(weight).to_axes().to_factors(torch.float64)
-    assert_close(factors, Factors(torch.eye(5), weight, torch.eye(5)))
-
-
-def test_columns_whose_longest_rows_are_dependent_still_turn_to_orthonormal_ones():
-    """Rows 0 and 1 are the longest, and equal."""
-    columns = torch.tensor([[0.7, 0.1], [0.7, 0.1], [0.1, -0.7], [-0.1, 0.7], [0.0, 0.0]])
-    columns = torch.linalg.qr(columns).Q
-    turned = columns @ axis_rotation(columns)
-    assert_orthonormal_columns(turned)
-    assert_close(turned @ turned.mT, columns @ columns.mT)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)], ids=str)

@@ -348,7 +348,6 @@ MODES: dict[str, dict[str, object]] = {
     "residual": {"residual": True, "update_every": 1},
     "pretraining": {"pretraining": True, "freeze_when": "delay", "delay": 1, "update_every": 1},
     "bounded": {"freeze_when": "delay", "delay": 1, "update_every": 1, "max_output_loss": 0.5, "max_rank_drop": 0.5},
-    "outputs": {"freeze_when": "delay", "delay": 1, "update_every": 1, "max_output_loss": 0.5, "prune_by": "outputs"},
 }
 
 

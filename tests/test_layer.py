@@ -130,22 +130,6 @@ def test_residual_factors_start_at_zero_in_the_bases_of_the_base_weight(base):
     assert_close((factors.u, factors.vh), (reference.u, reference.vh))
 
 
-@pytest.mark.parametrize("rank", [1, 3, None])
-def test_factors_start_close_to_axes_and_span_the_same(make_base, rank):
-    base = make_base(7, 5)
-    layer = adapted(base, default={**FACTORED, "init_rank": rank})
-    correction = adapted(base, default={**RESIDUAL, "init_rank": rank, "sigma_basis": "axes"}).factors("default")
-    factors, reference = layer.factors("default"), factorize(matrix(base), rank=rank)
-    assert_close(factors.weight(), reference.weight())
-    assert_close((correction.u, correction.vh), (factors.u, factors.vh))
-    assert not correction.sigma.any()
-    for ours, theirs in ((factors.u, reference.u), (factors.vh.mT, reference.vh.mT)):
-        assert_close(ours @ ours.mT, theirs @ theirs.mT)
-        rows = ours[ours.square().sum(1).topk(ours.shape[1]).indices.sort().values]
-        assert_close(rows, rows.tril())
-        assert (rows.diagonal() > 0).all()
-
-
 @pytest.mark.parametrize(
     "module",
     [nn.ConvTranspose2d(3, 4, 1), nn.LayerNorm(4), nn.Bilinear(2, 3, 4)],

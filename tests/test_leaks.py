@@ -38,13 +38,6 @@ MODES = {
     "mask": {"freeze_when": "delay", "delay": 2, "shrink": "mask"},
     "residual": {"residual": True, "init_rank": 12},
     "bounded": {"freeze_when": "delay", "delay": 2, "max_output_loss": 0.05, "max_rank_drop": 0.5},
-    "outputs": {
-        "freeze_when": "delay",
-        "delay": 2,
-        "max_output_loss": 0.05,
-        "max_rank_drop": 0.5,
-        "prune_by": "outputs",
-    },
 }
 
 

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.engine.learning_rate import CEILING, RESTART_LIMIT, norm_scale, restart_scale, scales_entries
+from oialr_peft.engine.learning_rate import norm_scale, scales_entries
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -37,105 +37,6 @@ def test_the_scale_is_the_ratio_of_norms_to_within_a_fourth_root_of_two(m, n, ra
     scale = norm_scale(m, n, rank)
     assert 2**-0.25 <= scale / (math.sqrt(m * n) / rank) <= 2**0.25
     assert 2 * math.log2(scale) == round(2 * math.log2(scale))
-
-
-@pytest.mark.parametrize("fallen", [1.0, 1.2, math.sqrt(2), 2.0, 2.5, 3.3, 3.4, 8.0, 1e200, math.inf])
-def test_the_restart_is_the_power_of_the_root_of_two_that_is_nearest_the_square_of_the_fall(fallen):
-    scale = restart_scale(fallen)
-    exact = min(max(fallen**2 / math.sqrt(2) if fallen < 100 else 8.0, 1.0), RESTART_LIMIT)
-    assert 2**-0.25 <= scale / exact <= 2**0.25
-    assert 2 * math.log2(scale) == pytest.approx(round(2 * math.log2(scale)))
-
-
-def test_a_layer_that_is_factored_when_the_rate_has_halved_begins_at_the_ceiling():
-    assert restart_scale(2) / 2 == pytest.approx(CEILING)
-
-
-def trained_until(delay, steps=10, **settings):
-    """A controller after these steps of ten, in which the learning rate is .01, and falls in a line from the sixth on."""
-    base = nn.Sequential(nn.Linear(N, M, bias=False), nn.Tanh(), nn.Linear(M, 2))
-    config = OIALRConfig(target_modules=["0"], freeze_when="delay", delay=delay, update_every=1, cutoff=0.0, **settings)
-    model = get_peft_model(base, config)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (10 - step) / 5))
-    controller = OIALRController(model, optimizer, total_steps=10)
-    for _ in range(steps):
-        backward(model)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        controller.step()
-    return model, optimizer, controller
-
-
-def rate_of(optimizer, parameter):
-    """The learning rate that a parameter has in a step."""
-    found = []
-    hook = optimizer.register_step_pre_hook(
-        lambda optimizer, *_: found.extend(
-            group["lr"] for group in optimizer.param_groups if any(p is parameter for p in group["params"])
-        )
-    )
-    optimizer.zero_grad()
-    optimizer.step()
-    hook.remove()
-    (rate,) = found
-    return rate
-
-
-@pytest.mark.parametrize(
-    ("delay", "steps", "expected"),
-    [
-        (1, 1, 1.0),  # nothing has fallen
-        (1, 8, 0.4),
-        (5, 9, 0.2),
-        (6, 6, 0.8),  # by a fifth: 1.25² / √2 is nearest to 1
-        (7, 7, 0.6 * 2),  # 1.67² / √2 = 1.96
-        (7, 9, 0.2 * 2),
-        (8, 8, math.sqrt(2)),  # 2.5² / √2 = 4.4, so 4, but not above the ceiling
-        (8, 9, 0.2 * 4),
-        (9, 9, math.sqrt(2)),
-        (9, 10, 0.0),
-    ],
-)
-@pytest.mark.parametrize("resumed", [False, True])
-def test_a_layer_that_is_factored_late_restarts_up_to_a_ceiling(delay, steps, expected, resumed):
-    model, optimizer, controller = trained_until(delay, steps)
-    if resumed:
-        state = controller.state_dict()
-        controller = OIALRController(model, optimizer, total_steps=10)
-        controller.load_state_dict(state)
-    (layer,) = controller.layers.values()
-    rate = rate_of(optimizer, layer.trained_parameter("default"))
-    assert rate == pytest.approx(0.01 * expected * norm_scale(M, N, M), rel=1e-9)
-
-
-@pytest.mark.parametrize("kind", [float, torch.tensor])
-def test_the_ceiling_is_that_of_the_highest_rate(kind):
-    _, optimizer, controller = trained_until(9, 9)  # a restart of 8
-    (layer,) = controller.layers.values()
-    for rate in (0.01 / 16, 0.01 / 8, 0.01 / 4, 0.01, 0.02):
-        optimizer.param_groups[0]["lr"] = kind(rate)
-        found = float(rate_of(optimizer, layer.trained_parameter("default")))
-        expected = min(8 * rate, math.sqrt(2) * max(rate, 0.01))
-        assert found == pytest.approx(expected * norm_scale(M, N, M), rel=1e-6)
-
-
-def test_norm_does_not_restart():
-    _, optimizer, controller = trained_until(9, 9, sigma_lr_scale="norm")
-    (layer,) = controller.layers.values()
-    rate = rate_of(optimizer, layer.trained_parameter("default"))
-    assert rate == pytest.approx(0.002 * norm_scale(M, N, M))
-
-
-@pytest.mark.parametrize("kind", [float, torch.tensor])
-def test_the_fall_of_the_learning_rate_is_from_its_highest(kind):
-    rates = setting()[2]._sigma_rate
-    for rate, fallen in ((0.5, 1.0), (2.0, 1.0), (1.0, 2.0), (0.25, 8.0), (4.0, 1.0), (0.0, math.inf)):
-        rates.count_step(kind(rate))
-        assert rates.fallen_to(kind(rate)) == fallen
-    assert rates.state_dict()["highest_rate"] == 4.0
-    assert rates.fallen_to(kind(5.0)) == 1.0  # of a step that is not counted yet
 
 
 def test_a_first_adam_step_moves_a_weight_as_far_as_the_dense_one():

@@ -78,17 +78,6 @@ def test_a_stable_layer_is_factored_from_the_delay_on(step, stability, expected)
     assert schedule(delay=10, threshold=0.9).freezes(step, stability) is expected
 
 
-@pytest.mark.parametrize(
-    ("step", "outlook", "expected"),
-    [(9, 0.0, False), (10, 0.4, True), (10, 0.4001, False), (10, None, False), (11, 0.1, True)],
-)
-def test_a_settled_layer_is_factored_from_the_delay_on(step, outlook, expected):
-    rule = schedule(delay=10, settle_ratio=0.4)
-    assert rule.freezes(step, 1.0, outlook) is expected
-    # the outlook alone decides
-    assert rule.freezes(step, None, outlook) is expected
-
-
 @pytest.mark.parametrize("stability", [None, -1.0, 0.0, 1.0])
 def test_without_a_threshold_every_layer_is_factored_at_the_delay(stability):
     assert not schedule(delay=10).freezes(9, stability)

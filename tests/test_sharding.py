@@ -79,8 +79,6 @@ def alone() -> Iterator[None]:
         {},
         {"shrink": "mask", "layers_per_update": 0.4},
         {"max_output_loss": 0.01, "max_rank_drop": 0.5},
-        {"max_output_loss": 0.01, "max_rank_drop": 0.5, "prune_by": "outputs"},
-        {"pretraining": False, "residual": True, "delay": 0, "max_output_loss": 0.01, "prune_by": "outputs"},
         {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5},
     ],
     ids=str,
@@ -121,7 +119,6 @@ def test_one_process_with_sharded_parameters_names_what_is_not_finite():
         {"freeze_when": "delay", "delay": 0, "init_rank": 0.5, "stability_threshold": 1.0},
         {"pretraining": False},
         {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5},
-        {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5, "init_rank": 2, "init_basis": "gradient"},
         {"layers_per_update": 0.4},
         {"min_rank": 1, "cutoff": 0.9, "max_rank_drop": 0.9},  # fewer directions than processes
     ],

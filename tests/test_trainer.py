@@ -134,7 +134,6 @@ CASES = {
     "pretraining": {"pretraining": True},
     "mask": {"shrink": "mask"},
     "last layers first": {"layers_per_update": 0.2},
-    "outputs": {"prune_by": "outputs", "max_output_loss": 0.01, "max_rank_drop": 0.5},
 }
 
 

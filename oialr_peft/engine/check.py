@@ -12,22 +12,20 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from oialr_peft.engine.inputs import RecentInputs, RecentOutputs, Recorder
-from oialr_peft.engine.movement import Movement
+from oialr_peft.engine.inputs import RecentInputs, Recorder
 from oialr_peft.engine.outcome import Outcome
-from oialr_peft.engine.pruning import UNKNOWN, Needed, needed_of_outputs, needed_of_weight, output_energies
+from oialr_peft.engine.pruning import UNKNOWN, directions_needed, output_energies
 from oialr_peft.engine.schedule import Schedule
 from oialr_peft.engine.trained_layers import TrainedLayers
 from oialr_peft.linalg.basis import kept_of, kept_shape, stability_error, stability_of_kept
-from oialr_peft.linalg.decompositions import Decomposition, decompose, principal_directions
+from oialr_peft.linalg.decompositions import Decomposition, decompose
 from oialr_peft.linalg.factors import (
-    Change,
     Rotation,
     bounded_rank,
-    changed,
     compute_dtype,
     not_finite,
     require_in_range,
+    rotate,
 )
 from oialr_peft.linalg.moments import OptimizerSlots, empty_state, is_moment, is_transportable, transport_state
 from oialr_peft.parallel.distributed import Job, Processes
@@ -45,7 +43,6 @@ class Check:
         step: optimizer step after which the check runs.
         due: names of the layers that take part in the Σ update.
         bases: what was kept of the bases of dense layers, by name; it may change while outcomes are used.
-        movement: how far bases have moved.
         processes: that train the model together; `None` when it is one alone.
         recent: what layers were given before the check, as far as the pruning rule asks for it.
     """
@@ -59,7 +56,6 @@ class Check:
         step: int,
         due: Collection[str],
         bases: Mapping[str, Tensor],
-        movement: Movement,
         processes: Processes | None,
         recent: Recorder,
     ) -> None:
@@ -70,7 +66,6 @@ class Check:
         self.step = step
         self.due = frozenset(due)
         self.bases = bases
-        self.movement = movement
         self.processes = processes
         self.recent = recent
 
@@ -80,9 +75,7 @@ class Check:
         return [Job(name, self.trained.shape(name), compute_dtype(parameters[name]).itemsize) for name in names]
 
     def gather(self, names: list[str], mine: set[str]) -> None:
-        """Get the whole tensors of layers that are in shards, and add up which way their outputs went on all processes."""
-        if isinstance(self.recent, RecentOutputs) and self.processes is not None:
-            self.recent.add_up(names, self.processes)
+        """Get the whole tensors of layers that are in shards."""
         if self.trained.sharded:
             self.trained.gather(names, mine, self.slots, freezing=self.schedule.may_freeze(self.step))
 
@@ -100,13 +93,12 @@ class Check:
             ValueError: a layer's Σ would hold Inf, because its dtype cannot hold a singular value.
             torch.linalg.LinAlgError: a weight cannot be decomposed.
         """
-        intervals_left = self.movement.intervals_left(self.schedule.total_steps - self.step)
         for decompositions in decompose([(name, self.trained.matrix(name)) for name in names]):
             kept, stability = self._compared(decompositions)
             rotations = {
                 found.name: self._rotation(found)
                 for found in decompositions
-                if found.name not in kept or self._freezes(found, stability.get(found.name), intervals_left)
+                if found.name not in kept or self._freezes(found, stability.get(found.name))
             }
             cut = self._cut(rotations)
             broken = self._require_numbers(rotations)
@@ -148,13 +140,10 @@ class Check:
         measured = torch.stack(list(values.values())).tolist()
         return kept, {name: min(1.0, max(-1.0, value)) for name, value in zip(values, measured, strict=True)}
 
-    def _freezes(self, found: Decomposition, measured: float | None, intervals_left: float) -> bool:
-        if measured is None:
-            return self.schedule.freezes(self.step, None)
-        outlook = self.movement.outlook(found.name, measured, intervals_left)
-        # a sketched value may be too high by chance; two standard deviations are given away
-        measured -= 2 * stability_error(measured, found.shape, self.config.stability_storage)
-        return self.schedule.freezes(self.step, measured, outlook)
+    def _freezes(self, found: Decomposition, measured: float | None) -> bool:
+        if measured is not None:  # a sketched value may be too high by chance; two standard deviations are given away
+            measured -= 2 * stability_error(measured, found.shape, self.config.stability_storage)
+        return self.schedule.freezes(self.step, measured)
 
     def _rotation(self, found: Decomposition) -> Rotation:
         """From the trained matrix to its diagonal: U, V of a dense weight, P, Q of a core."""
@@ -181,41 +170,29 @@ class Check:
                 require_in_range(rotations[name].singular_values, parameters[name].dtype, name)
         return {key.rpartition(".")[0] for key in found}
 
-    def _cut(self, rotations: dict[str, Rotation]) -> dict[str, Rotation | Change]:
+    def _cut(self, rotations: dict[str, Rotation]) -> dict[str, Rotation]:
         """The way to what is kept of each layer; layers that are not due keep all."""
         needed = {name: self._needed(name, rotation) for name, rotation in rotations.items() if name in self.due}
-        numbers = torch.stack([found.number for found in needed.values()]).tolist() if needed else []
-        kept: dict[str, Rotation | Change] = dict(rotations)
-        for (name, found), number in zip(needed.items(), numbers, strict=True):
-            rotation, rank = rotations[name], self._bounded(name, number, rotations[name].rank)
-            if found.covariance is None:
-                kept[name] = rotation.cut(rank)
-            elif rank < rotation.rank:
-                kept[name] = rotation.onto(principal_directions(found.covariance, name)[:, :rank])
-        return kept
+        numbers = torch.stack(list(needed.values())).tolist() if needed else []
+        ranks = {
+            name: self._bounded(name, number, rotations[name].rank)
+            for name, number in zip(needed, numbers, strict=True)
+        }
+        return {name: rotation.cut(ranks.get(name, rotation.rank)) for name, rotation in rotations.items()}
 
-    def _needed(self, name: str, rotation: Rotation) -> Needed:
-        """The directions of a layer that are worth keeping, by what was recorded where the rule asks for it."""
+    def _needed(self, name: str, rotation: Rotation) -> Tensor:
+        """How many directions of a layer are worth keeping, by what was recorded where the rule asks for it."""
         config, trained, recent = self.config, self.trained, self.recent
         assert config.cutoff is not None  # set when the configuration is made
-        layer, dense = trained.layers[name], trained.is_dense(name)
-        if isinstance(recent, RecentOutputs):
-            return needed_of_outputs(
-                name,
-                rotation,
-                config.cutoff,
-                config.max_output_loss,
-                recent.recorded.get(name),
-                of_outputs=dense and layer.out_features < layer.in_features,
-            )
         sample = recent.samples.get(name) if isinstance(recent, RecentInputs) else None
         measured = None
         if sample is not None and sample.numel() > 0:
+            layer = trained.layers[name]
             # the base weights of sharded layers are on other processes
             with_base = layer.residual[trained.adapter_name] and not trained.sharded
-            factors = None if dense else trained.factors(name)
+            factors = None if trained.is_dense(name) else trained.factors(name)
             measured = output_energies(layer, rotation, factors, sample, with_base=with_base)
-        return needed_of_weight(rotation.singular_values, config.cutoff, config.max_output_loss, measured)
+        return directions_needed(rotation.singular_values, config.cutoff, config.max_output_loss, measured)
 
     def _bounded(self, name: str, needed: int, rank: int) -> int:
         """The rank to keep of this one when so many directions are needed."""
@@ -231,24 +208,20 @@ class Check:
         min_rank = rank_of(self.config.min_rank, min(layer.out_features, layer.in_features))
         return bounded_rank(needed, rank, max_rank_drop=self.config.max_rank_drop, min_rank=min_rank)
 
-    def _changed(self, name: str, cut: Rotation | Change, stability: float | None, broken: bool) -> Outcome:
+    def _changed(self, name: str, cut: Rotation, stability: float | None, broken: bool) -> Outcome:
         """New factors and optimizer state of a layer, from the way of its trained matrix to what is kept of it."""
-        trained, to_axes = self.trained, self.config.sigma_basis == "axes"
+        trained = self.trained
         old = trained.parameters[name]
         rank_before = trained.rank_before_update(name) if name in self.due else None
         factors = None if trained.is_dense(name) else trained.factors(name)
-        if to_axes and factors is not None and factors.rank == cut.rank:
-            # nothing is dropped, and the axes are the same
-            return Outcome(name, factors=factors if broken else None, rank_before=rank_before, broken=broken)
-        change = cut.to_axes(factors) if to_axes else cut.to_diagonal()
-        new = change.to_factors(old.dtype) if factors is None else changed(factors, change)
+        new = cut.to_factors(old.dtype) if factors is None else rotate(factors, cut)
         if broken:
             return Outcome(name, stability, None, new, None, rank_before, broken=True)
         size = trained.size_for(name, new.rank)
         # zero rows and columns: the state of the dropped directions of a masked layer becomes zero, its shape stays
         p, q = (
             nn.functional.pad(side, (0, size - side.shape[1], 0, rows - side.shape[0]))
-            for side, rows in zip((change.p, change.q), old.shape, strict=True)
+            for side, rows in zip((cut.p, cut.q), old.shape, strict=True)
         )
         state = transport_state(trained.state(name, self.slots), old.shape, p, q)
         return Outcome(name, stability, None, new, state, rank_before)

@@ -7,9 +7,6 @@ of events. A check at step t (t a multiple of ν):
    layers that qualify.
 2. Σ update, when some layer is factored: the layers that are due are decomposed, then truncated. Optimizer state
    follows every change of basis and rank.
-
-Before all that, after the first step: bases in the direction of the gradient, if the configuration asks for them
-(`gradient_bases.py`).
 """
 
 from __future__ import annotations
@@ -32,11 +29,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr_peft.engine.check import Check
-from oialr_peft.engine.gradient_bases import GradientBases
 from oialr_peft.engine.inputs import recorder_of
 from oialr_peft.engine.learning_rate import SigmaLearningRate
 from oialr_peft.engine.log import log_check
-from oialr_peft.engine.movement import Movement
 from oialr_peft.engine.outcome import Finder, Outcome, found_by_all
 from oialr_peft.engine.schedule import Schedule
 from oialr_peft.engine.trained_layers import TrainedLayers
@@ -124,11 +119,8 @@ class OIALRController:
         self._sigma_updates = 0
         self._bases: dict[str, Tensor] = {}
         self._reset_warned = False
-        self._movement = Movement()
-        self._recent = recorder_of(self.config, self.layers, adapter_name)
+        self._recent = recorder_of(self.config, self.layers.values())
         weakref.finalize(self, self._recent.close)
-        # its learning rate stands for that of all layers, which schedules move alike
-        self._group = OptimizerSlots(optimizer).group_of(next(iter(self._trained.parameters.values())))
         self._processes = Processes.of(model, self._trained.device)
         if self._processes is not None:
             self._processes.require_same("The configuration", _settings_of(self.config, total_steps, self.layers))
@@ -140,10 +132,7 @@ class OIALRController:
         torch_optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         torch_optimizer.register_step_post_hook(_forget_products_of(list(self.layers.values())))
         self._fused_step = _FusedStep(torch_optimizer)
-        scale = self.config.sigma_lr_scale
-        self._sigma_rate = SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, scale, self._group)
-        wanted = GradientBases.wanted(self._trained, self._processes)
-        self._gradient_bases = GradientBases(self._trained, self._processes) if wanted else None
+        SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, self.config.sigma_lr_scale)
         self._record_before_check()
 
     def step(self) -> OIALRUpdate | None:
@@ -161,16 +150,9 @@ class OIALRController:
             torch.linalg.LinAlgError: a weight cannot be decomposed. Layers that came before it in this check are changed.
         """
         if self._step_was_skipped():
-            if self._gradient_bases is not None:
-                self._gradient_bases.forget()
             self._recent.forget_step()
             return None
         self._steps += 1
-        self._recent.count_step()
-        if self._gradient_bases is not None:
-            self._turn_to_gradients(self._gradient_bases)
-        self._movement.count_step(self._rate)
-        self._sigma_rate.count_step(self._rate)
         if not self.schedule.is_check(self._steps):
             self._record_before_check()
             return None
@@ -206,29 +188,7 @@ class OIALRController:
         """Optimizer steps counted so far."""
         return self._steps
 
-    @property
-    def _rate(self) -> float | Tensor:
-        """The learning rate of the schedule."""
-        return self.optimizer.param_groups[self._group]["lr"]
-
     # ---- what changes layers -----------------------------------------------------------------------------------------
-
-    def _turn_to_gradients(self, bases: GradientBases) -> None:
-        """Put the leading directions of the first step's gradients in the place of U and V, beside a core of zeros."""
-        refuse_join(self.model)
-        reshard_idle(self.model)
-        names, slots = list(self.layers), OptimizerSlots(self.optimizer)
-        with torch.no_grad(), torch.autocast(self._trained.device.type, enabled=False):
-            turned = sum(outcome.factors is not None for outcome in self._applied(bases, names, slots))
-        refresh_reducers(self.model)
-        bases.close()
-        self._gradient_bases = None
-        if turned < len(names):
-            warnings.warn(
-                f"{len(names) - turned} of {len(names)} layers had no finite gradient other than zero in the first step, so "
-                "they keep bases of their weights. Was the controller made before the first forward pass?",
-                stacklevel=3,
-            )
 
     def _check(self, slots: OptimizerSlots) -> tuple[dict[str, float], list[str], dict[str, tuple[int, int]]]:
         """Stability, newly factored layers, and ranks before and after the Σ update."""
@@ -243,7 +203,6 @@ class OIALRController:
             step=self._steps,
             due=due,
             bases=self._bases,
-            movement=self._movement,
             processes=self._processes,
             recent=self._recent,
         )
@@ -252,11 +211,9 @@ class OIALRController:
             outcomes[outcome.name] = outcome.without_tensors()
         refresh_reducers(self.model)
         frozen = [name for name in dense if not self._trained.is_dense(name)]
-        self._sigma_rate.restart(frozen, self._rate)
         if frozen or len(dense) < len(names):
             self._sigma_updates += 1
         stability = {name: s for name in dense if (s := outcomes[name].stability) is not None}
-        self._movement.count_check(stability)
         ranks = {
             name: (before, self.layers[name].rank(self.adapter_name))
             for name in due
@@ -366,9 +323,6 @@ class OIALRController:
             "steps": self._steps,
             "sigma_updates": self._sigma_updates,
             "bases": dict(self._bases),
-            "movement": self._movement.state_dict(),
-            **self._sigma_rate.state_dict(),
-            **self._recent.state_dict(),
             "history": [asdict(update) for update in self.history],
         }
 
@@ -403,20 +357,13 @@ class OIALRController:
                     "Resume with the setting of the first run."
                 )
         require_finite(state_dict["bases"])
-        self._recent.require_fitting(state_dict)
         self._steps = int(state_dict["steps"])
-        if self._gradient_bases is not None and self._steps > 0:  # made before the weights were loaded
-            self._gradient_bases.close()
-            self._gradient_bases = None
         self._sigma_updates = int(state_dict["sigma_updates"])
-        self._sigma_rate.load_state_dict(state_dict)
-        if "movement" in state_dict:  # else saved by a release that did not measure it
-            self._movement.load_state_dict(state_dict["movement"])
         self._bases = {
             name: basis if self.config.stability_storage == "cpu" else basis.to(self._trained.device)
             for name, basis in state_dict["bases"].items()
         }
-        self._recent.load_state_dict(state_dict, self._trained.device)
+        self._recent.forget()
         self._record_before_check()
         self.history = [
             OIALRUpdate(**{**update, "ranks": {name: (r[0], r[1]) for name, r in update["ranks"].items()}})
@@ -524,7 +471,6 @@ def _schedule_of(config: OIALRConfig, total_steps: int) -> Schedule:
         update_every=steps_of(config.update_every, total_steps),
         layers_per_update=config.layers_per_update,
         threshold=config.stability_threshold if config.freeze_when == "stable" else None,
-        settle_ratio=config.settle_ratio if config.freeze_when == "settled" else None,
     )
 
 

@@ -21,9 +21,7 @@ class Schedule:
         delay: optimizer steps before which no layer is factored, ≥ 0.
         update_every: ν, optimizer steps between two checks, ≥ 1.
         layers_per_update: α in (0, 1], share of the layers added per Σ update, from the last one back.
-        threshold: Stability from which a dense layer is factored.
-        settle_ratio: outlook (see `movement`) up to which a dense layer is factored. Without it and a threshold, all are
-            factored at `delay`.
+        threshold: Stability from which a dense layer is factored; `None` factors all of them at `delay`.
     """
 
     total_steps: int
@@ -31,7 +29,6 @@ class Schedule:
     update_every: int
     layers_per_update: float
     threshold: float | None
-    settle_ratio: float | None = None
 
     def is_check(self, step: int) -> bool:
         """Whether there is a check after optimizer step `step` (1, 2, …)."""
@@ -45,12 +42,10 @@ class Schedule:
         """Whether any dense layer may be factored in the check at `step`."""
         return step >= self.delay
 
-    def freezes(self, step: int, stability: float | None, outlook: float | None = None) -> bool:
-        """Whether a dense layer with this Stability and outlook (`None`: no earlier basis) is factored at `step`."""
+    def freezes(self, step: int, stability: float | None) -> bool:
+        """Whether a dense layer with this Stability (`None`: no earlier basis) is factored at `step`."""
         if not self.may_freeze(step):
             return False
-        if self.settle_ratio is not None:
-            return outlook is not None and outlook <= self.settle_ratio
         if self.threshold is None:
             return True
         return stability is not None and stability >= self.threshold

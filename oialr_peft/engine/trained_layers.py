@@ -1,7 +1,7 @@
 """`TrainedLayers`: the layers of one adapter beside the optimizer that trains them.
 
 Each layer trains one matrix: W (m, n) while it is dense, Σ (r, r) once it is factored. Here the matrices are read, replaced by
-those of another basis or rank, and counted; what takes their place is found in `check.py` and `gradient_bases.py`.
+those of another basis or rank, and counted; what takes their place is found in `check.py`.
 """
 
 from __future__ import annotations

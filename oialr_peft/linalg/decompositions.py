@@ -114,18 +114,6 @@ def leading_svd(matrix: Tensor, rank: int, name: str) -> SVD:
     return found.cut(rank)
 
 
-def principal_directions(covariance: Tensor, name: str) -> Tensor:
-    """Orthonormal eigenvectors of a finite, symmetric, positive semidefinite matrix, that of the largest value first.
-
-    When their iteration fails, they come from `thin_svd`, with a warning.
-    """
-    try:
-        return torch.linalg.eigh(covariance).eigenvectors.flip(-1)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        _warn_of_slower_route(name)
-        return thin_svd(covariance, name).u
-
-
 def svd_by_polar(matrix: Tensor, name: str) -> SVD:
     """SVD of a finite matrix from its polar decomposition, all k directions; `thin_svd` if the iteration fails.
 

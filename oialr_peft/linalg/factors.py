@@ -117,7 +117,7 @@ def factorize_all(weights: Sequence[tuple[str, Tensor, int]]) -> Iterator[Factor
 
 def factors_of(found: SVD, dtype: torch.dtype) -> Factors:
     """The factors of a decomposition in `dtype`; they share no memory with it."""
-    return Change(found.u, torch.diag(found.s), found.vh.mT).to_factors(dtype)
+    return Rotation(found.u, found.s, found.vh.mT).to_factors(dtype)
 
 
 def polar_factor(weight: Tensor, *, name: str = "weight") -> Tensor:
@@ -197,42 +197,6 @@ def rediagonalize(factors: Factors, *, name: str = "sigma") -> Factors:
     return rotate(factors, rotation)
 
 
-class Change(NamedTuple):
-    """``Σ' = Pᵀ Σ Q``: the core that takes the place of another one, or of a dense weight, and the way from there."""
-
-    p: Tensor  # (m, r), orthonormal columns
-    core: Tensor  # (r, r)
-    q: Tensor  # (n, r), orthonormal columns
-
-    @property
-    def rank(self) -> int:
-        """The number of directions after it."""
-        return self.core.shape[0]
-
-    def to_factors(self, dtype: torch.dtype) -> Factors:
-        """The factors that take the place of a dense weight, in `dtype`; they share no memory with the change."""
-        contiguous: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
-        return Factors(
-            self.p.to(dtype, **contiguous), self.core.to(dtype, **contiguous), self.q.mT.to(dtype, **contiguous)
-        )
-
-    def to_diagonal(self) -> Change:
-        """The change after which the core is diagonal and descending."""
-        found = thin_svd(self.core, "sigma")
-        return Change(self.p @ found.u, torch.diag(found.s), self.q @ found.vh.mT)
-
-    def to_axes(self, factors: Factors | None = None) -> Change:
-        """The change after which U and V are close to coordinate axes, see `axis_rotation`.
-
-        Args:
-            factors: those whose core is changed; `None` when it is a dense weight.
-        """
-        dtype = self.p.dtype
-        u, v = (self.p, self.q) if factors is None else (factors.u.to(dtype) @ self.p, factors.vh.mT.to(dtype) @ self.q)
-        a, b = axis_rotation(u), axis_rotation(v)
-        return Change(self.p @ a, a.mT @ (self.core @ b), self.q @ b)
-
-
 class Rotation(NamedTuple):
     """The SVD ``Σ = P D Qᵀ`` of a core, kept so that optimizer state can follow the same rotation."""
 
@@ -249,42 +213,14 @@ class Rotation(NamedTuple):
         """Only the `rank` largest directions."""
         return Rotation(self.p[:, :rank], self.singular_values[:rank], self.q[:, :rank])
 
-    def to_diagonal(self) -> Change:
-        """The change that makes the core diagonal."""
-        return Change(self.p, torch.diag(self.singular_values), self.q)
-
-    def to_axes(self, factors: Factors | None = None) -> Change:
-        """The change after which U and V are close to coordinate axes; see `Change.to_axes`."""
-        return self.to_diagonal().to_axes(factors)
-
-    def onto(self, directions: Tensor) -> Change:
-        """The change that leaves only these directions of the outputs: ``A Aᵀ Σ`` with A = P Z.
-
-        Args:
-            directions: Z, (r', r'') orthonormal columns.
-        """
-        # what is left has D Z = H R, so Aᵀ Σ = Rᵀ (Q H)ᵀ
-        right, upper = torch.linalg.qr(self.singular_values[:, None] * directions)
-        return Change(self.p @ directions, upper.mT, self.q @ right)
-
-
-def axis_rotation(columns: Tensor) -> Tensor:
-    """The rotation R (r, r) after which orthonormal columns (m, r) lie close to r of the m coordinate axes.
-
-    ``columns @ R`` is lower triangular, with a diagonal ≥ 0, in the r rows of the largest norm. It spans what the columns
-    span, does not depend on how these were rotated before, and is the identity when nothing was dropped (m = r).
-
-    Optimizers that scale every entry on its own, such as Adam, follow the axes in which the entries are counted. Those of
-    the dense weight carry a meaning, features of a pretrained model most of all; singular directions mix them, and so the
-    second moments as well.
-
-    >>> columns = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-    >>> bool(torch.allclose(columns @ axis_rotation(columns), torch.eye(2)))
-    True
-    """
-    rows = columns.square().sum(1).topk(columns.shape[1]).indices.sort().values
-    q, upper = torch.linalg.qr(columns[rows].mT)
-    return q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    def to_factors(self, dtype: torch.dtype) -> Factors:
+        """The factors that take the place of a dense weight, in `dtype`; they share no memory with the rotation."""
+        contiguous: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+        return Factors(
+            self.p.to(dtype, **contiguous),
+            torch.diag(self.singular_values).to(dtype),
+            self.q.mT.to(dtype, **contiguous),
+        )
 
 
 def rotation_of(sigma: Tensor, *, name: str = "sigma") -> Rotation:
@@ -295,30 +231,19 @@ def rotation_of(sigma: Tensor, *, name: str = "sigma") -> Rotation:
 
 
 def rotate(factors: Factors, rotation: Rotation) -> Factors:
-    """``U ← U P``, ``Vᵀ ← Qᵀ Vᵀ``, ``Σ ← D``; a rotation that was `cut` truncates at the same time."""
-    return changed(factors, rotation.to_diagonal())
+    """``U ← U P``, ``Vᵀ ← Qᵀ Vᵀ``, ``Σ ← D``; a rotation that was `cut` truncates at the same time.
 
-
-def changed(factors: Factors, change: Change) -> Factors:
-    """``U ← U P``, ``Vᵀ ← Qᵀ Vᵀ`` and the new core.
-
-    The rounding errors of many changes would add up, to 8e-4 in float32 after 1,000 of them, so U and V are made
+    The rounding errors of many rotations would add up, to 8e-4 in float32 after 1,000 of them, so U and V are made
     orthonormal again each time.
     """
-    dtype = change.p.dtype
-    u = orthonormalized(factors.u.to(dtype) @ change.p)
-    v = orthonormalized(factors.vh.mT.to(dtype) @ change.q)
+    dtype = rotation.p.dtype
+    u = orthonormalized(factors.u.to(dtype) @ rotation.p)
+    v = orthonormalized(factors.vh.mT.to(dtype) @ rotation.q)
     return Factors(
         u.to(factors.u.dtype).contiguous(),
-        change.core.to(factors.sigma.dtype),
+        torch.diag(rotation.singular_values).to(factors.sigma.dtype),
         v.mT.to(factors.vh.dtype).contiguous(),
     )
-
-
-def on_axes(factors: Factors) -> Factors:
-    """The same weight with U and V close to coordinate axes, see `axis_rotation`."""
-    a, b = axis_rotation(factors.u), axis_rotation(factors.vh.mT)
-    return Factors(factors.u @ a, a.mT @ factors.sigma @ b, b.mT @ factors.vh)
 
 
 def orthonormalized(columns: Tensor) -> Tensor:

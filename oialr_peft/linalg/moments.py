@@ -109,11 +109,6 @@ class OptimizerSlots:
     def __contains__(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._slots
 
-    def group_of(self, parameter: nn.Parameter) -> int:
-        """Index of the entry of `param_groups` that holds the parameter; 0 when none does."""
-        groups = enumerate(self.optimizer.param_groups)
-        return next((index for index, group in groups if any(p is parameter for p in group["params"])), 0)
-
     def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """What the optimizer keeps for a parameter; nothing before its first step, or when it does not train it."""
         return dict(self.optimizer.state.get(parameter, {})) if parameter in self else {}

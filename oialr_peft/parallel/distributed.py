@@ -101,22 +101,11 @@ class Processes:
         dist.all_reduce(table, dist.ReduceOp.MIN, self.group)
         return table.tolist()
 
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest of each value over all processes, without a word to the host."""
-        everywhere = values.to(self.device, copy=True)
-        dist.all_reduce(everywhere, dist.ReduceOp.MAX, self.group)
-        return everywhere
-
     def merged(self, table: Tensor) -> Tensor:
         """A table of which each process filled in its own rows and left the others zero: with all of them filled in."""
         everywhere = table.to(self.device)
         dist.all_reduce(everywhere, dist.ReduceOp.SUM, self.group)
         return everywhere.cpu()
-
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Fill each tensor with the sum of what all processes have in it."""
-        for work in [dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group, async_op=True) for tensor in tensors]:
-            work.wait()
 
     def send(self, messages: Sequence[tuple[Tensor, int]]) -> None:
         """Fill each contiguous tensor with what its owner has in it; every tensor is sent once."""

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from oialr_peft.engine.update import OIALRUpdate
 from oialr_peft.files.card import SavedLayer
 from oialr_peft.files.checkpoints import read_json
-from oialr_peft.files.values import is_count, is_index, is_int, is_number
+from oialr_peft.files.values import is_count, is_index, is_number
 from oialr_peft.files.writing import replacing
 
 RECORD_NAME = "oialr_history.json"
@@ -209,10 +209,6 @@ def _is_amount(value: Any) -> bool:
     return is_index(value) and value < _LARGEST
 
 
-def _is_exponent(value: Any) -> bool:
-    return is_int(value) and abs(value) < _LARGEST
-
-
 def _is_size(value: Any) -> bool:
     return is_count(value) and value < _LARGEST
 
@@ -235,10 +231,6 @@ def _has(fields: Mapping[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
         and value.keys() == fields.keys()
         and all(matches(value[name]) for name, matches in fields.items())
     )
-
-
-def _is_scale(value: Any) -> bool:
-    return _is_finite(value) and bool(value > 0)
 
 
 def _is_plain(value: Any) -> bool:
@@ -293,18 +285,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "log": (_is_list(_is_log_entry), "a list of objects that hold numbers and a step"),
     "versions": (_is_object(_is_text), "an object of strings"),
 }
-# of the state of `OIALRController`, without its tensors; what `None` stands for was added later
+# of the state of `OIALRController`, without its tensors
 STATE_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "format_version": (lambda value: value is None or _is_amount(value), "an int ≥ 1"),
     "steps": (_is_amount, "an int ≥ 0"),
     "sigma_updates": (_is_amount, "an int ≥ 0"),
-    "movement": (
-        lambda value: value is None or _has({"travelled": _is_object(_is_finite), "spent": _is_finite})(value),
-        "an object with travelled and spent",
-    ),
-    "highest_rate": (lambda value: value is None or _is_finite(value), "a finite number"),
-    "restarts": (lambda value: value is None or _is_object(_is_scale)(value), "an object of finite numbers > 0"),
-    "positions": (lambda value: value is None or _is_object(_is_pair)(value), "an object of pairs of ints ≥ 0"),
-    "exponents": (lambda value: value is None or _is_object(_is_exponent)(value), "an object of ints"),
     "history": (_is_list(_is_update), "a list of checks with the fields of OIALRUpdate"),
 }

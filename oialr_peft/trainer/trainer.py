@@ -170,8 +170,6 @@ class OIALRCallback(TrainerCallback):
         assert self.controller is not None
         state = self.controller.state_dict()
         tensors = state.pop("bases")
-        for name, covariances in state.pop("covariances", {}).items():
-            tensors[_covariances_key(name)] = covariances
         tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         with replacing(Path(directory, STATE_NAME)) as unfinished:
             save_file(tensors, unfinished, metadata={"oialr": json.dumps(state)})
@@ -438,21 +436,7 @@ def read_state(file: Path) -> dict[str, Any]:
             f"`{file}` holds no state of a schedule: {error}. Resume from another checkpoint, or get this one again."
         ) from error
     require_fields(state, STATE_FIELDS, file)
-    if state.get("positions") is None:
-        return {**state, "bases": tensors}
-    exponents = state.get("exponents") or {}
-    missing = [name for name in state["positions"] if _covariances_key(name) not in tensors or name not in exponents]
-    if missing:
-        raise ValueError(
-            f"`{file}` holds no covariances of {', '.join(missing)}. Resume from another checkpoint, or get this one again."
-        )
-    covariances = {name: tensors.pop(_covariances_key(name)) for name in state["positions"]}
-    return {**state, "bases": tensors, "covariances": covariances}
-
-
-def _covariances_key(name: str) -> str:
-    """A key of the file that no basis has: a layer holds no other layer."""
-    return f"{name}.covariances"
+    return {**state, "bases": tensors}
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -18,13 +18,9 @@ from oialr_peft.tuner.registration import PREFIX
 
 FORMAT_VERSION = 1  # of adapter checkpoints; raised when older releases could no longer read new files
 
-FreezeWhen = Literal["stable", "settled", "delay"]
+FreezeWhen = Literal["stable", "delay"]
 StabilityStorage = Literal["full", "sketch", "bf16", "cpu"]
 Shrink = Literal["physical", "mask"]
-SigmaBasis = Literal["axes", "singular"]
-SigmaScale = Literal["norm", "restart"]
-InitBasis = Literal["weight", "gradient"]
-PruneBy = Literal["weight", "outputs"]
 Bias = Literal["none", "all", "oialr_only"]
 
 # what a model card shows of the settings
@@ -32,20 +28,16 @@ CARD_SETTINGS = (
     "residual",
     "pretraining",
     "init_rank",
-    "init_basis",
     "freeze_when",
     "delay",
     "stability_threshold",
-    "settle_ratio",
     "update_every",
     "cutoff",
     "max_output_loss",
-    "prune_by",
     "layers_per_update",
     "max_rank_drop",
     "min_rank",
     "sigma_lr_scale",
-    "sigma_basis",
 )
 
 # Dense phase, as a share of all steps (docs/benchmarks.md has the measurements)
@@ -91,16 +83,11 @@ class OIALRConfig(PeftConfig):
         pretraining: train from scratch: everything that is not targeted trains and is saved as well, and the base copies
             of the target weights are released.
         init_rank: rank kept when a layer is factored; `None` keeps all k directions.
-        init_basis: with `residual`, whose leading singular vectors U and V are: those of the `"weight"`, or of its
-            `"gradient"` in the first optimizer step, which then leaves the layers as they were. A basis of the gradient
-            wants a learning rate as small as full fine-tuning does.
-        freeze_when: `"stable"` factors each layer once its Stability reaches `stability_threshold`; `"settled"` once its
-            basis is expected to move at most `settle_ratio` times as far as it has moved, whatever the length of the run;
-            `"delay"` factors all layers at `delay`, as the paper does.
+        freeze_when: `"stable"` factors each layer once its Stability reaches `stability_threshold`; `"delay"` factors all
+            layers at `delay`, as the paper does.
         delay: step before which no layer is factored; 0 with `freeze_when="delay"` factors when the adapter is made.
             `None` means 0 with `residual`, 0.1 with `pretraining`, otherwise 0.7.
         stability_threshold: Stability, in (0, 1], from which a layer counts as stable.
-        settle_ratio: expected over past movement of a basis, > 0, up to which a layer counts as settled.
         update_every: ν, steps between two checks.
         cutoff: β in [0, 1): directions with σ < β·σ_max are dropped; the paper's rule. `None` means 0.9 with a bound
             `max_output_loss`, which then decides, and 0.01 with `residual`. The paper's is 0.1.
@@ -108,21 +95,11 @@ class OIALRConfig(PeftConfig):
         max_output_loss: largest share of a layer's output energy on recent inputs, in [0, 1), that one Σ update may
             remove. `None` means no bound where `cutoff` is given, the paper's rule alone. When neither is given, it
             means 0.003 with `pretraining`, no bound with `residual`, and otherwise 0.00005.
-        prune_by: which directions are dropped: singular ones of the `"weight"`, in the order of σ, as the paper does; or
-            principal ones of the `"outputs"` on recent inputs, each output scaled to length 1, in the order of what they
-            give. `cutoff` and `max_output_loss` are then of those.
         max_rank_drop: largest share of a rank lost in one update, in (0, 1]. `None` means 0.1 with a bound `max_output_loss`,
             otherwise 0.5.
         sigma_lr_scale: learning rate of Σ (r, r) over that of its parameter group, > 0; `"norm"` is √(m n) / r, with which
             an update of a factored weight is as long as that of the dense one, for optimizers that scale every entry on
-            its own (Adam and its relatives), and 1 for SGD and Muon. `"restart"` is more for a Σ that comes late, so that it
-            can still learn: times up to 8, by how far the learning rate has fallen when the layer is factored, but at most √2
-            times √(m n) / r times the highest of the run.
-        sigma_basis: the basis that Σ is written in. `"axes"` turns U and V close to coordinate axes, so that Adam scales the
-            entries of Σ as it did those of the dense weight, and leaves layers that lose no direction as they are;
-            `"singular"` makes Σ diagonal in every update, as the paper does. The weight is the same, and SGD and Muon
-            train it alike. `None` means singular with `pretraining`, and with `residual` in a basis of the weight,
-            otherwise axes.
+            its own (Adam and its relatives), and 1 for SGD and Muon.
         min_rank: floor of the rank.
         stability_storage: what is kept of the last basis: `"sketch"` (its product with 32 random ±1 columns; Stability
             is then off by about .002, which the decision to freeze allows for), `"bf16"`, `"cpu"`, or `"full"` (exact).
@@ -173,13 +150,9 @@ class OIALRConfig(PeftConfig):
     init_rank: int | float | None = field(
         default=None, metadata={"help": "Rank kept at factorization: count, or fraction of k; None keeps all."}
     )
-    init_basis: str = field(
-        default="weight",
-        metadata={"help": 'Where U and V of a residual adapter come from: "weight", or "gradient" of the first step.'},
-    )
     freeze_when: str = field(
         default="stable",
-        metadata={"help": '"stable" or "settled": per layer, by its basis; "delay": all layers at `delay`.'},
+        metadata={"help": '"stable": per layer, by its basis; "delay": all layers at `delay`.'},
     )
     delay: int | float | None = field(
         default=None,
@@ -187,9 +160,6 @@ class OIALRConfig(PeftConfig):
     )
     stability_threshold: float = field(
         default=0.9, metadata={"help": "Stability, in (0, 1], from which a layer counts as stable."}
-    )
-    settle_ratio: float = field(
-        default=1.0, metadata={"help": "Expected over past movement of a basis up to which a layer counts as settled."}
     )
     update_every: int | float = field(default=0.04, metadata={"help": "Steps between two checks."})
     cutoff: float | None = field(
@@ -206,28 +176,12 @@ class OIALRConfig(PeftConfig):
             "cutoff or if residual, else 0.003 if pretraining, 0.00005 if not."
         },
     )
-    prune_by: str = field(
-        default="weight",
-        metadata={
-            "help": 'Directions that are dropped: singular ones of the "weight", or principal ones of the "outputs".'
-        },
-    )
     max_rank_drop: float | None = field(
         default=None, metadata={"help": "Largest share of a rank lost in one update; None: 0.1 with a bound, else 0.5."}
     )
     min_rank: int | float = field(default=0.01, metadata={"help": "Floor of the rank: count, or fraction of k."})
     sigma_lr_scale: float | str = field(
-        default="restart",
-        metadata={
-            "help": 'Learning rate of Σ over that of its group, or "norm": √(m n) / r, or "restart": more for late ones.'
-        },
-    )
-    sigma_basis: str | None = field(
-        default=None,
-        metadata={
-            "help": '"axes": U and V close to coordinate axes; "singular": Σ diagonal after each update; None: singular '
-            "if pretraining, or if residual in a basis of the weight, else axes."
-        },
+        default="norm", metadata={"help": 'Learning rate of Σ over that of its group, or "norm": √(m n) / r.'}
     )
     stability_storage: str = field(
         default="sketch", metadata={"help": 'What is kept of the last basis: "sketch", "bf16", "cpu" or "full".'}
@@ -253,10 +207,6 @@ class OIALRConfig(PeftConfig):
         self._check_method()
         if self.delay is None:
             self.delay = 0 if self.residual else PRETRAINING_DELAY if self.pretraining else FINETUNING_DELAY
-        if self.sigma_basis is None:  # adapters that were saved without one know no other than the singular
-            in_weight_basis = self.residual and self.init_basis == "weight"
-            singular = self.pretraining or in_weight_basis or self.is_from_checkpoint
-            self.sigma_basis = "singular" if singular else "axes"
         self._set_pruning()
         self._check_combinations()
         self._check_format()
@@ -416,13 +366,9 @@ class OIALRConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"`{name}` must be True or False, but is {value!r}. Choose one of the two.")
-        self._check_choice("init_basis", get_args(InitBasis))
         self._check_choice("freeze_when", get_args(FreezeWhen))
-        self._check_choice("prune_by", get_args(PruneBy))
         self._check_choice("stability_storage", get_args(StabilityStorage))
         self._check_choice("shrink", get_args(Shrink))
-        if self.sigma_basis is not None:
-            self._check_choice("sigma_basis", get_args(SigmaBasis))
         if self.delay is not None:
             self._check_steps("delay", self.delay, minimum=0)
         self._check_steps("update_every", self.update_every, minimum=1)
@@ -433,11 +379,6 @@ class OIALRConfig(PeftConfig):
             raise ValueError(
                 f"`stability_threshold` must be a number in (0, 1], but is {self.stability_threshold!r}. 0.9 is a "
                 "common start."
-            )
-        if not is_number(self.settle_ratio) or not 0 < self.settle_ratio < math.inf:
-            raise ValueError(
-                f"`settle_ratio` must be a number > 0, but is {self.settle_ratio!r}. 1 factors a layer when its basis is "
-                "expected to move no further than it has moved."
             )
         if self.cutoff is not None and not (is_number(self.cutoff) and 0 <= self.cutoff < 1):
             raise ValueError(
@@ -455,10 +396,9 @@ class OIALRConfig(PeftConfig):
                 "rank per update; set `cutoff=0` to drop nothing."
             )
         scale = self.sigma_lr_scale
-        named = isinstance(scale, str) and scale in get_args(SigmaScale)
-        if not (named or (is_number(scale) and 0 < scale < math.inf)):
+        if scale != "norm" and not (is_number(scale) and 0 < scale < math.inf):
             raise ValueError(
-                f'`sigma_lr_scale` must be a number > 0, "norm" or "restart", but is {scale!r}. 1 gives Σ the learning rate of its '
+                f'`sigma_lr_scale` must be a number > 0 or "norm", but is {scale!r}. 1 gives Σ the learning rate of its '
                 "parameter group."
             )
         if self.max_output_loss is not None and not (is_number(self.max_output_loss) and 0 <= self.max_output_loss < 1):
@@ -477,11 +417,6 @@ class OIALRConfig(PeftConfig):
             raise ValueError(
                 "`pretraining=True` releases the base weights that `residual=True` needs. Choose `pretraining` for "
                 "training from scratch, `residual` for fine-tuning a pretrained model."
-            )
-        if self.init_basis == "gradient" and not self.residual:
-            raise ValueError(
-                '`init_basis="gradient"` is for corrections of a weight, but with `residual=False` U, Σ and V are the weight '
-                'itself. Set `residual=True`, or leave `init_basis` at "weight".'
             )
         if self.pretraining and self.trainable_token_indices is not None:
             raise ValueError(

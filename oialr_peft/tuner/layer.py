@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from oialr_peft.linalg.factors import DTYPES, Factors, compute_dtype, factorize, on_axes
+from oialr_peft.linalg.factors import DTYPES, Factors, compute_dtype, factorize
 from oialr_peft.linalg.ops import Route, build, fold
 from oialr_peft.parallel.sharding import like_shards_of, whole
 from oialr_peft.tuner.config import OIALRConfig
@@ -192,7 +192,8 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         self.oialr_weight[adapter_name] = nn.Parameter(dense)
 
     def _add_factored(self, adapter_name: str, factors: Factors, config: OIALRConfig) -> None:
-        factors = starting_factors(factors, config)
+        if config.residual:  # a correction that begins at nothing
+            factors = factors._replace(sigma=torch.zeros_like(factors.sigma))
         if not config.init_weights:
             factors = factors._replace(sigma=factors.sigma + _noise_of_core(factors))
         self.set_factors(adapter_name, factors)
@@ -682,13 +683,6 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             f"{name}: {'dense' if self.is_dense(name) else f'rank {self.ranks[name]}'}"
             for name in sorted(self._get_available_adapters())
         )
-
-
-def starting_factors(factors: Factors, config: OIALRConfig) -> Factors:
-    """What a factored layer starts from: in the basis of the configuration, and of a residual adapter with a core of zeros."""
-    if config.sigma_basis == "axes":
-        factors = on_axes(factors)
-    return factors._replace(sigma=torch.zeros_like(factors.sigma)) if config.residual else factors
 
 
 def _store(container: nn.ParameterDict, adapter_name: str, value: Tensor, *, requires_grad: bool) -> None:
