@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from test_matricization import CLASSES
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -63,7 +62,10 @@ MODULES = {
     "transposed": (lambda: Conv1D(50, 60), (1, 60)),
     "without bias": (lambda: nn.Linear(60, 50, bias=False), (1, 60)),
     **{
-        f"convolution in {d}D": (lambda d=d: CLASSES[d](6, 24, 3, stride=2, padding=1), (1, 6, *([3] * d)))
+        f"convolution in {d}D": (
+            lambda d=d: getattr(nn, f"Conv{d}d")(6, 24, 3, stride=2, padding=1),
+            (1, 6, *([3] * d)),
+        )
         for d in (1, 2)
     },
     "reflecting": (lambda: nn.Conv2d(6, 30, 3, padding=1, padding_mode="reflect"), (1, 6, 2, 2)),
