@@ -51,13 +51,13 @@ test-fast: $(FOR_TESTS)  ## tests of at most a few seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(FOR_TESTS)  ## the long tests: PEFT's own suite, the examples in full
-	$(BIN)/python tests/fetch_peft_tests.py
+	$(BIN)/python tests/support/fetch_peft_tests.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 test-lowest:  ## the fast tests with the oldest supported transformers, peft and accelerate
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet packaging
-	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python tests/support/lowest.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt -e ".[dev]"
 	$(LOWEST)/bin/pip freeze | grep -E "^(transformers|peft|accelerate)=="
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal

@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from processes import ProcessPool
 from runs import STABLE, cuts, run_trainer, train
-from test_trainer import adapted as adapted_bert
-from test_trainer import assert_equal_models, assert_equal_optimizers
-from test_trainer import trained as trained_bert
 from torch import nn
+from trainer_runs import adapted as adapted_bert
+from trainer_runs import assert_equal_models, assert_equal_optimizers
+from trainer_runs import trained as trained_bert
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer, plot_history, rank_table

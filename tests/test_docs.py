@@ -17,7 +17,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from peft import get_peft_model
-from test_trl import llama, preferences, sentences, tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -28,6 +27,7 @@ from transformers import (
     ViTConfig,
     get_linear_schedule_with_warmup,
 )
+from trl_models import llama, preferences, sentences, tokenizer
 
 from oialr_peft import OIALRConfig
 
@@ -240,6 +240,15 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(page)):
         if "://" not in target and target not in generated:
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md"], ids=lambda page: page.name)
+def test_tests_that_are_named_exist(page):
+    text = prose(page)
+    assert [path for path in re.findall(r"\btests/[\w/]+\.py", text) if not (ROOT / path).is_file()] == []
+    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    for name, function in re.findall(r"\b(test_\w+\.py)(?:::(\w+))?", text):
+        assert f"def {function}" in files[name], f"{name}::{function}"
 
 
 # ---- error messages --------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_trainer import SETTINGS
-from test_trainer import adapted as adapted_bert
-from test_trainer import bert as plain_bert
-from test_trainer import trained as trained_bert
 from torch import Tensor, nn
 from torch.testing import assert_close
+from trainer_runs import SETTINGS
+from trainer_runs import adapted as adapted_bert
+from trainer_runs import bert as plain_bert
+from trainer_runs import trained as trained_bert
 
 from oialr_peft import OIALRConfig, OIALRController, plot_history
 from oialr_peft.linalg import decompositions

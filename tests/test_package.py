@@ -69,7 +69,7 @@ def test_the_extras_are_those_that_the_documentation_names():
 
 
 def test_the_lowest_versions_are_the_lower_bounds_of_the_metadata():
-    command = [sys.executable, ROOT / "tests" / "lowest.py"]
+    command = [sys.executable, ROOT / "tests" / "support" / "lowest.py"]
     lowest = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     pinned = (ROOT / "constraints.txt").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -1,4 +1,4 @@
-"""Rooms of the package: imports run one way, and what a room never knows it does not import."""
+"""Rooms of the package: imports run one way, what a room never knows it does not import, and tests have the same rooms."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import oialr_peft
 
 PACKAGE = Path(oialr_peft.__file__).parent
+TESTS = Path(__file__).resolve().parent
 # each imports only from itself and from those before it
 ROOMS = ["linalg", "parallel", "files", "tuner", "engine", "storage", "report", "trainer"]
 # what a room never imports, at any depth of a function or under `TYPE_CHECKING`
@@ -71,3 +72,25 @@ def test_a_room_says_what_is_inside_and_what_never_is(room):
     text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")))
     assert text is not None
     assert "Never here:" in text
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+
+def test_tests_have_the_rooms_of_the_package():
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {*ROOMS, "support", "data", "wheel"}
+    assert [path for room in ROOMS for path in (TESTS / room).rglob("*.py") if not path.name.startswith("test_")] == []
+    assert list((TESTS / "support").rglob("test_*.py")) == []
+
+
+def test_names_of_files_with_tests_are_unique():
+    names = [path.name for path in TESTS.rglob("test_*.py")]  # pytest imports them by name alone
+    assert len(names) == len(set(names))
+
+
+def test_test_modules_do_not_import_each_other():
+    tests = {path.stem for path in TESTS.rglob("test_*.py")}
+    assert {
+        (path.name, module) for path in TESTS.rglob("*.py") for module in imports(path) if module.split(".")[0] in tests
+    } == set()

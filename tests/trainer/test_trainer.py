@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import shutil
@@ -11,88 +10,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from trainer_runs import (
+    CASES,
+    SETTINGS,
+    STEPS,
+    Interrupt,
+    Sentences,
+    accelerate_run,
+    adapted,
+    arguments,
+    assert_equal_models,
+    assert_equal_optimizers,
+    bert,
+    trained,
+)
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
-from oialr_peft import OIALRCallback, OIALRConfig, OIALRController, OIALRTrainer, OIALRTrainerMixin
+from oialr_peft import OIALRCallback, OIALRConfig, OIALRTrainer, OIALRTrainerMixin
 from oialr_peft.trainer.trainer import STATE_NAME, last_complete_checkpoint
 from oialr_peft.tuner.model import adapter_layers
 
-STEPS = 24
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-SETTINGS = {"update_every": 3, "delay": 6, "stability_threshold": 0.93, "cutoff": 0.15}
-
-
-class Sentences(torch.utils.data.Dataset):
-    """64 sequences whose first token decides the label."""
-
-    def __init__(self, size=64):
-        generator = torch.Generator().manual_seed(3)
-        self.ids = torch.randint(4, 60, (size, 8), generator=generator)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, index):
-        ids = self.ids[index]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": int(ids[0] > 30)}
-
-
-def bert(**overrides):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        **overrides,
-    )
-    return BertForSequenceClassification(config)
-
-
-def adapted(**settings):
-    settings = {"task_type": "SEQ_CLS", **SETTINGS, **settings}
-    return get_peft_model(bert(), OIALRConfig(**settings))
-
-
-def arguments(output_dir, **settings):
-    defaults = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 5e-3,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 5,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(output_dir=str(output_dir), **{**defaults, **settings})
-
-
-def trained(tmp_path, *, model=None, trainer_class=OIALRTrainer, resume=None, callbacks=None, **settings):
-    trainer = trainer_class(
-        model=adapted() if model is None else model,
-        args=arguments(tmp_path, **settings),
-        train_dataset=Sentences(),
-        eval_dataset=Sentences(16),
-        callbacks=callbacks,
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
 
 
 def logs_without_times(trainer):
@@ -101,40 +46,6 @@ def logs_without_times(trainer):
         {key: value for key, value in entry.items() if not any(word in key for word in timed)}
         for entry in trainer.state.log_history
     ]
-
-
-def assert_equal_models(one, other):
-    ours, theirs = one.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        assert torch.equal(value, theirs[key]), key
-
-
-def assert_equal_optimizers(one, other):
-    ours, theirs = one.state_dict()["state"], other.state_dict()["state"]
-    assert ours.keys() == theirs.keys()
-    for index, state in ours.items():
-        for key, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[index][key])), (index, key)
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-
-
-CASES = {
-    "replace": {},
-    "sketch": {"stability_storage": "sketch"},
-    "delay": {"freeze_when": "delay", "delay": 7},
-    "residual": {"residual": True, "delay": 0, "init_rank": 6},
-    "pretraining": {"pretraining": True},
-    "mask": {"shrink": "mask"},
-    "last layers first": {"layers_per_update": 0.2},
-}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -407,33 +318,6 @@ def test_the_trainer_does_not_warn_about_a_missing_controller(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*without a controller.*")
         assert trained(tmp_path).oialr_controller.history
-
-
-def accelerate_run(steps, *, save_at=None, directory=None, resume_from=None, config):
-    """A training loop of one's own, with everything registered for checkpointing."""
-    accelerator = Accelerator(cpu=True)
-    model = get_peft_model(bert(), copy.deepcopy(config))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=STEPS)
-    loader = torch.utils.data.DataLoader(Sentences(), batch_size=8)
-    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
-    controller = OIALRController(model, optimizer, total_steps=STEPS)
-    accelerator.register_for_checkpointing(controller)
-    batches = [batch for _ in range(STEPS // len(loader) + 1) for batch in loader]
-    done = 0
-    if resume_from is not None:
-        accelerator.load_state(str(resume_from))
-        done = controller.steps
-    model.train()
-    for step in range(done, steps):
-        accelerator.backward(model(**batches[step]).loss)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        controller.step()
-        if step + 1 == save_at:
-            accelerator.save_state(str(directory))
-    return model, optimizer, controller
 
 
 @pytest.mark.filterwarnings("ignore:The head .* is not a target")

@@ -1,6 +1,6 @@
 """Gets the test suite of the installed PEFT version, which its wheel leaves out and its source archive holds.
 
-Run ``python tests/fetch_peft_tests.py``. The suite goes to ``.cache/peft-<version>/tests``, which git ignores; nothing
+Run ``python tests/support/fetch_peft_tests.py``. The suite goes to ``.cache/peft-<version>/tests``, which git ignores; nothing
 of it is part of this repository. A suite that is there already is not fetched again.
 """
 
@@ -13,7 +13,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-CACHE = Path(__file__).resolve().parents[1] / ".cache"
+CACHE = Path(__file__).resolve().parents[2] / ".cache"
 
 
 def suite_directory() -> Path:

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from peft import get_peft_model
-from test_trainer import trained
+from trainer_runs import trained
 from transformers.utils import logging as transformers_logging
 
 from oialr_peft import OIALRConfig, OIALRController

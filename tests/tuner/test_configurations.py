@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bad_values import BAD_VALUES
 from peft import PeftModel, get_peft_model
 from peft.config import PeftConfig
-from test_config import BAD_VALUES
 from torch import Tensor, nn
 from torch.testing import assert_close
 

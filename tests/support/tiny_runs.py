@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from trainer_runs import adapted, trained
+
 from oialr_peft import OIALRUpdate
 from oialr_peft.files.card import SavedLayer
 from oialr_peft.storage.record import RunRecord
@@ -14,8 +16,6 @@ HOSTILE = '<script>document.title="owned"</script>'
 
 def train(directory: Path, **settings: object) -> None:
     """24 steps of a tiny BERT, with evaluations and checkpoints."""
-    from test_trainer import adapted, trained
-
     options = {
         "save_strategy": "steps",
         "save_steps": 12,

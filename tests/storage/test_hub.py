@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
+import hub_clients
 import pytest
 import torch
 from hub import HubClient, HubServer
@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 
 from oialr_peft.trainer.trainer import STATE_NAME
 
-CLIENTS = str(Path(__file__).with_name("hub_clients.py"))
+CLIENTS = hub_clients.__file__
 START, END = "<!-- oialr_peft: adapter default -->", "<!-- /oialr_peft: adapter default -->"
 
 

@@ -188,7 +188,7 @@ def save_all(directory: Path, base: nn.Module, case: Case) -> dict[str, Tensor]:
 
 
 def reload_all(root: Path) -> None:
-    program = Path(__file__).with_name("reload.py")
+    program = Path(__file__).parents[1] / "support" / "reload.py"
     for which in ("with", "without"):
         done = subprocess.run(
             [sys.executable, str(program), str(root), which], capture_output=True, text=True, env={**os.environ}

@@ -110,7 +110,7 @@ def test_a_run_without_checks_or_evaluation_says_so():
 
 
 def test_the_citation_is_the_one_of_the_readme():
-    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
     assert f"```bibtex\n{card.CITATION}\n```" in readme
 
 

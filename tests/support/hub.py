@@ -26,7 +26,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+SUPPORT = Path(__file__).resolve().parent
+ROOT = SUPPORT.parents[1]
 PATIENCE = 120.0  # seconds for one client process
 SOCKET_TIMEOUT = 30.0  # seconds without a byte, after which the server hangs up
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # of the Hub's default .gitattributes, those that we write
@@ -142,7 +143,7 @@ class HubClient:
             # where it is installed, huggingface_hub uploads what the server calls large by Xet alone, and does not ask
             "HF_HUB_DISABLE_XET": "0" if xet else "1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]),
             **({} if token is None else {"HF_TOKEN": token}),
         }
         return subprocess.Popen(

@@ -33,7 +33,8 @@ from peft_conformance.suites import SUITES, Suite
 
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = ROOT / "tests" / "support"
 
 
 class Result(NamedTuple):
@@ -72,7 +73,7 @@ def _run(suite: Suite, report: Path) -> list[Result]:
     command += ["-q", "--tb=native", f"--junitxml={report}", *(part for name in plugins for part in ("-p", name))]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(ROOT)]),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

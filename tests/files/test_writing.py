@@ -17,9 +17,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
-from test_trainer import adapted, trained
 from tiny_runs import record
 from torch import nn
+from trainer_runs import adapted, trained
 from transformers import AutoModelForSequenceClassification
 
 from oialr_peft import OIALRConfig, save_dense, save_lora, save_low_rank

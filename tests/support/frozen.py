@@ -1,6 +1,6 @@
 """The frozen checkpoints in `tests/data`: what they are of, and how they were made.
 
-``python tests/frozen.py`` adds those of the present format, in a directory of their own. Files that are there are never
+``python tests/support/frozen.py`` adds those of the present format, in a directory of their own. Files that are there are never
 made again: they stand for what users have on their disks.
 """
 
@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer, save_low_rank
 from oialr_peft.tuner.config import FORMAT_VERSION
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 STEPS, SAVED_AT = 12, 6
 CUT = {"update_every": 2, "cutoff": 0.4, "layers_per_update": 0.5}
 FACTORED = {"freeze_when": "delay", "delay": 2, **CUT}

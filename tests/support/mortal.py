@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from test_trainer import CASES, SETTINGS, accelerate_run, adapted, trained
+from trainer_runs import CASES, SETTINGS, accelerate_run, adapted, trained
 from transformers import logging
 from transformers.models.bert import modeling_bert  # noqa: F401  (so that no fork imports it)
 

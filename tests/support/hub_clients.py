@@ -47,7 +47,7 @@ def push(directory: Path) -> None:
     """Push a base model, runs with every strategy, an adapter, and low-rank checkpoints."""
     import torch
     from huggingface_hub import HfApi
-    from test_trainer import STEPS, Interrupt, bert
+    from trainer_runs import STEPS, Interrupt, bert
     from transformers import BertForSequenceClassification
 
     from oialr_peft import save_low_rank
@@ -91,7 +91,7 @@ def push_low_rank(directory: Path) -> None:
     """Push one low-rank checkpoint."""
     import torch
     from peft import get_peft_model
-    from test_trainer import bert
+    from trainer_runs import bert
 
     from oialr_peft import OIALRConfig, save_low_rank
 
@@ -104,7 +104,7 @@ def push_low_rank(directory: Path) -> None:
 def trained_from_hub(directory: Path, **settings: Any) -> Any:
     """A run on the base model; a repository that it pushes to is called as its directory."""
     from peft import get_peft_model
-    from test_trainer import SETTINGS, STEPS, trained
+    from trainer_runs import SETTINGS, STEPS, trained
     from transformers import BertForSequenceClassification
 
     from oialr_peft import OIALRConfig

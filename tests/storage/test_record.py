@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict
 
 import pytest
-from test_trainer import STEPS, adapted, trained
 from tiny_runs import record
+from trainer_runs import STEPS, adapted, trained
 from transformers import Trainer
 
 from oialr_peft import OIALRCallback
