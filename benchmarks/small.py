@@ -3,7 +3,7 @@
     make bench-small
 
 The tables are those of the scripts, one after another, with fewer rounds, steps and seeds. They are for looking, not for quoting:
-docs/benchmarks.md says which command made each table there. Benchmarks whose data is absent are named and skipped. Exits with 1
+the pages of docs/benchmarks.md say which command made each table there. Benchmarks whose data is absent are named and skipped. Exits with 1
 when a benchmark failed.
 """
 

@@ -70,9 +70,10 @@ def _inside(link: re.Match[str], page: str) -> str:
         return link[0]
     if target == "../README.md":
         return f"[{link['text']}](index.md{link['anchor'] or ''})"
-    if not (DOCS / target).exists():
+    path = (DOCS / page).parent / target
+    if not path.exists():
         raise PluginError(f"{page} links to {target}, which does not exist.")
-    return link["text"]
+    return link[0] if path.resolve().is_relative_to(DOCS) else link["text"]
 
 
 def settings_page() -> str:

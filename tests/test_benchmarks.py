@@ -356,7 +356,7 @@ def test_small_has_a_form_of_every_benchmark(tmp_path):
     small = load("small.py")
     commands = [*small.speed(), *(command for command, _ in small.accuracy(tmp_path, tmp_path))]
     scripts = {path.name for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
-    assert {command[0] for command in commands} == scripts - {"small.py"}
+    assert {command[0] for command in commands} == scripts - {"small.py", "tables.py"}
 
 
 @pytest.mark.slow
@@ -620,6 +620,48 @@ def test_ablation_takes_parts_of_the_engine_away(tmp_path, pictures):
     kept = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert kept[1]["settings"]["moments"] == "reset"
     assert all(each["frozen_at"] for each in kept[: len(taken)])
+
+
+def test_pages_are_what_the_tables_are_made_to_be():
+    tables = load("tables.py")
+    pages = {page.name: page.read_text(encoding="utf-8") for page in tables.PAGES.glob("*.md")}
+    assert {name for text in pages.values() for _, name, _ in tables.MARKED.findall(text)} == tables.TABLES.keys()
+    stale = [name for name, text in pages.items() if tables.filled(text) != text]
+    assert stale == [], "run `python benchmarks/tables.py`"
+
+
+def test_every_run_is_in_a_table_and_says_the_same_each_time():
+    tables = load("tables.py")
+    for path in tables.RESULTS.glob("*.jsonl"):
+        runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        own = [table for table in tables.TABLES.values() if table.file == path.stem]
+        assert all("trial" in run["run"] or any(table.only(run) for table in own) for run in runs), path.name
+        for table in own:
+            same: dict[object, str] = {}
+            for run in filter(table.only, runs):
+                first = next(iter(table.columns.values()))([run])
+                assert same.setdefault((table.key(run), run["seed"]), first) == first, run["run"]
+
+
+def test_tables_keep_one_seed_apart_from_several_and_compare_the_same_seeds(tmp_path, monkeypatch):
+    tables = load("tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    runs = [("dense", {}, 0, 0.5), ("dense", {}, 1, 0.7), ("oialr", {"delay": 0.00005}, 1, 0.6), ("oialr", {}, 2, 0.4)]
+    lines = [
+        json.dumps({"run": "", "method": method, "settings": settings, "seed": seed, "accuracy": accuracy})
+        for method, settings, seed, accuracy in runs
+    ]
+    (tmp_path / "made.jsonl").write_text("\n".join(lines))
+    difference = tables.to_baseline("accuracy", 1, "points")
+    against = tables.Against("dense, 0.001", "to dense", difference)
+    assert tables.Table("made", {"accuracy": tables.number("accuracy", 2)}, against=against).lines().split("\n\n") == [
+        "| settings | learning rate | seeds | accuracy | to dense |\n| --- | ---: | ---: | ---: | ---: |\n"
+        "| dense | 0.001 | 0, 1 | 0.60 ± 0.14 |  |",
+        "One seed each:",
+        "| settings | learning rate | seed | accuracy | to dense |\n| --- | ---: | ---: | ---: | ---: |\n"
+        "| `OIALRConfig()` | 0.001 | 2 | 0.40 |  |\n"
+        "| `delay=0.00005` | 0.001 | 1 | 0.60 | -10.0 |",
+    ]
 
 
 def test_the_spectral_scale_keeps_the_norm_of_a_step_of_random_signs():

@@ -32,7 +32,7 @@ from trl_models import llama, preferences, sentences, tokenizer
 from oialr_peft import OIALRConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGE = ROOT / "oialr_peft"
 
 # the first line of a snippet: why it cannot be run here, and what runs it instead
