@@ -1,7 +1,7 @@
 r"""A pretrained language model on new text: full fine-tuning, PEFT's methods and OIALR with the same budget.
 
     python benchmarks/adaptation.py --model MODEL --text summaries.json --other other.txt --run full full '{"lr": 2e-5}' \
-        --run lora lora '{"r": 16, "target_modules": "all-linear"}' --run ours oialr '{"residual": true, "init_rank": 64}'
+        --run lora lora '{"r": 16, "target_modules": "all-linear"}' --run ours oialr '{"mode": "adapter", "rank": 64}'
 
 Each `--run` is a name, a method (`full`, `oialr`, or a method of PEFT by its name) and the settings of its configuration as
 JSON; "lr" among them is the learning rate. The texts are JSON (title to text) or plain; 5 % of the documents are held out.

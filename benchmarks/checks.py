@@ -23,13 +23,13 @@ def run_checks(args: argparse.Namespace, hidden: int, times: Timings) -> None:
     them, then Σ updates. The very first check has no basis to compare with, and does not count.
     """
     middle = args.repeats + 2
-    options = {"freeze_when": "delay", "delay": middle, "update_every": 1, "init_rank": 0.5, "cutoff": 0.0}
+    options = {"freeze_when": "delay", "delay": middle, "update_every": 1, "rank": 0.5, "cutoff": 0.0}
     if args.drop:
         options |= {"cutoff": 0.999, "max_output_loss": 0.999, "max_rank_drop": args.drop}
     if args.storage:
         options["stability_storage"] = args.storage
     base = base_model("bert", args.layers, hidden).to(args.device)
-    model = get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", pretraining=True, **options))
+    model = get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", mode="pretraining", **options))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     controller = OIALRController(model, optimizer, total_steps=2 * middle)
     device = torch.device(args.device)
@@ -57,7 +57,7 @@ def run_checks(args: argparse.Namespace, hidden: int, times: Timings) -> None:
 
 def overhead(args: argparse.Namespace, times: Timings) -> float:
     """Seconds in checks over seconds in steps, of a whole run."""
-    checks = round(1 / OIALRConfig().update_every)
+    checks = round(1 / OIALRConfig(mode="replace").update_every)
     dense = (args.dense_checks + 1) / checks
     later = checks - args.dense_checks - 1
     in_checks = args.dense_checks * times.median("dense check") + times.median("freeze")

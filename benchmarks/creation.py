@@ -30,7 +30,7 @@ CONFIGS: dict[str, Callable[[int], PeftConfig]] = {
     ),
     "OSF": lambda rank: OSFConfig(effective_rank=rank, **ALL),
     "LoRA": lambda rank: LoraConfig(r=rank, lora_alpha=rank, **ALL),
-    "OIALR": lambda rank: OIALRConfig(freeze_when="delay", delay=0, init_rank=rank, **ALL),
+    "OIALR": lambda rank: OIALRConfig(freeze_when="delay", delay=0, rank=rank, **{"mode": "replace", **ALL}),
 }
 KEPT: dict[str, Callable[[Any], Tensor]] = {
     PISSA: lambda layer: layer.get_delta_weight("default"),

@@ -160,7 +160,7 @@ def train(method: str, settings: dict[str, Any], seed: int, args: argparse.Names
     model: Any = autoformer(series, args)
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)  # the positions are fixed
     if method == "oialr":
-        model = get_peft_model(model, OIALRConfig(pretraining=True, **settings))
+        model = get_peft_model(model, OIALRConfig(mode="pretraining", **settings))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=args.decay)
     steps = args.epochs * (min(args.windows, len(series.training_starts(args.horizon))) // args.batch)

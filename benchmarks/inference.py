@@ -54,7 +54,7 @@ def main() -> None:
     models: dict[str, nn.Module] = {"dense": dense}
     rows = []
     for share in map(float, args.ratios.split(",")):
-        config = OIALRConfig(freeze_when="delay", delay=0, init_rank=share)
+        config = OIALRConfig(mode="replace", freeze_when="delay", delay=0, rank=share)
         models["factored"] = factored = get_peft_model(copy.deepcopy(dense).float(), config)
         models["merged"] = copy.deepcopy(factored).merge_and_unload()
         table = rank_table(factored)

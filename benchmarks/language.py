@@ -89,7 +89,7 @@ def prepared(
         return model, galore(model, settings, lr, decay)
     adapted: Any = model
     if method == "oialr":
-        adapted = get_peft_model(model, OIALRConfig(pretraining=True, **settings))
+        adapted = get_peft_model(model, OIALRConfig(mode="pretraining", **settings))
     elif method == "lora":
         adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", **settings))
         for name, parameter in adapted.named_parameters():

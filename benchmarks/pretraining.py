@@ -115,7 +115,7 @@ def train(
     (x, y), validation = images(args.data, args.images, args.validation)
     model: Any = vit(args)
     if method == "oialr":
-        model = get_peft_model(model, OIALRConfig(pretraining=True, **settings))
+        model = get_peft_model(model, OIALRConfig(mode="pretraining", **settings))
     model.train()
     total = sum(p.numel() for p in model.parameters())
     optimizer, after_step = optimizer_of(model, lr, args)

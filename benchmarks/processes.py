@@ -36,8 +36,8 @@ def train(index: int, args: argparse.Namespace, count: int, port: int, output: s
     dist.init_process_group("gloo", rank=index, world_size=count)
     base = base_model("bert", args.layers, args.hidden)
     middle = args.repeats + 2
-    schedule = {"freeze_when": "delay", "delay": middle, "update_every": 1, "init_rank": 0.5, "cutoff": 0.0}
-    model = get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", pretraining=True, **schedule))
+    schedule = {"freeze_when": "delay", "delay": middle, "update_every": 1, "rank": 0.5, "cutoff": 0.0}
+    model = get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", mode="pretraining", **schedule))
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     controller = OIALRController(wrapped, optimizer, total_steps=2 * middle)

@@ -335,13 +335,13 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, ti
     from oialr_peft import OIALRConfig, OIALRController
 
     middle = args.repeats + 2
-    options = {"freeze_when": "delay", "delay": middle, "update_every": 1, "init_rank": args.ratio, "cutoff": 0.0}
+    options = {"freeze_when": "delay", "delay": middle, "update_every": 1, "rank": args.ratio, "cutoff": 0.0}
     tokens = torch.randint(0, 1024, (args.batch, 128), device=device)
     steps: dict[int, Callable[[], None]] = {}
     controllers: dict[int, OIALRController] = {}
     for hidden in [FITTED, *map(int, args.widths.split(","))]:
         base = AutoModelForCausalLM.from_config(small_llama(hidden)).to(device)
-        model = get_peft_model(base, OIALRConfig(task_type="CAUSAL_LM", pretraining=True, **options))
+        model = get_peft_model(base, OIALRConfig(task_type="CAUSAL_LM", mode="pretraining", **options))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         controllers[hidden] = OIALRController(model, optimizer, total_steps=2 * middle)
 

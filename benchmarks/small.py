@@ -94,7 +94,7 @@ def accuracy(data: Path, packages: Path) -> Iterator[tuple[list[str], list[Path]
         ("full", "full", '{"lr": 3e-4}'),
         ("lora", "lora", '{"lr": 3e-3, "target_modules": "all-linear"}'),
         ("default", "oialr", '{"lr": 3e-4}'),
-        ("residual", "oialr", '{"lr": 1e-3, "residual": true, "init_rank": 96}'),
+        ("residual", "oialr", '{"lr": 1e-3, "mode": "adapter", "rank": 96}'),
     ]
     sizes = ["--steps", "30", "--length", "32", "--evaluated", "200", *seeds]
     yield ["finetuning.py", *files, *sizes, *runs(*methods)], [encoder, train, test]
@@ -103,7 +103,7 @@ def accuracy(data: Path, packages: Path) -> Iterator[tuple[list[str], list[Path]
     methods = [
         ("full", "full", '{"lr": 2e-5}'),
         ("lora", "lora", '{"lr": 3e-4, "target_modules": "all-linear"}'),
-        ("residual", "oialr", '{"residual": true, "init_rank": 64, "update_every": 2}'),
+        ("residual", "oialr", '{"mode": "adapter", "rank": 64, "update_every": 2}'),
     ]
     sizes = ["--steps", "5", "--batch", "2", "--evaluated", "4", *seeds]
     yield ["adaptation.py", *language, *sizes, *runs(*methods)], [file, summaries]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.tuner.config import StabilityStorage
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 DISTANCES = "0.2,1"
 
@@ -46,7 +46,7 @@ def main() -> None:
     arguments.add_argument("--distances", default=DISTANCES, help=f"noise between the checks (default {DISTANCES})")
     args = arguments.parse_args()
     device, dtype = start(args)
-    config = OIALRConfig(task_type="SEQ_CLS", pretraining=True, freeze_when="delay", delay=3, update_every=1)
+    config = OIALRConfig(task_type="SEQ_CLS", mode="pretraining", freeze_when="delay", delay=3, update_every=1)
     before = get_peft_model(base_model("bert", args.layers, args.hidden).to(device, dtype), config)
     first = exact_bases(before)
     size = sum(parameter.numel() * parameter.element_size() for parameter in before.parameters())

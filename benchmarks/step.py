@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from oialr_peft import OIALRConfig, OIALRController
 
 TOTAL_STEPS = 1_000_000  # of the pretended run: more than are timed, so that no check falls into them
-FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 0.25}
+FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 0.25}
 CONFIGS: dict[str, Callable[..., PeftConfig] | None] = {
     "dense AdamW": None,
     "LoRA r=16": lambda **options: LoraConfig(r=16, **options),
@@ -36,14 +36,16 @@ CONFIGS: dict[str, Callable[..., PeftConfig] | None] = {
     ),
     "OSF 1/4 trained": lambda fan_in_fan_out, **options: OSFConfig(effective_rank=0.75, **options),
     "PSOFT r=64": lambda **options: PsoftConfig(r=64, psoft_svd="lowrank", **options),
-    "OIALR r/k=1/4": lambda fan_in_fan_out, **options: OIALRConfig(**FACTORED, **options),
-    "OIALR r/k=1": lambda fan_in_fan_out, **options: OIALRConfig(freeze_when="delay", delay=0, **options),
-    "OIALR still dense": lambda fan_in_fan_out, **options: OIALRConfig(**options),
-    "OIALR residual r/k=1/4": lambda fan_in_fan_out, **options: OIALRConfig(residual=True, init_rank=0.25, **options),
-    "OIALR r/k=1/4, pretraining": lambda fan_in_fan_out, **options: OIALRConfig(
-        **FACTORED, pretraining=True, **options
+    "OIALR r/k=1/4": lambda fan_in_fan_out, **options: OIALRConfig(**{"mode": "replace", **FACTORED, **options}),
+    "OIALR r/k=1": lambda fan_in_fan_out, **options: OIALRConfig(
+        freeze_when="delay", delay=0, **{"mode": "replace", **options}
     ),
-    "OIALR still dense, pretraining": lambda fan_in_fan_out, **options: OIALRConfig(pretraining=True, **options),
+    "OIALR still dense": lambda fan_in_fan_out, **options: OIALRConfig(**{"mode": "replace", **options}),
+    "OIALR residual r/k=1/4": lambda fan_in_fan_out, **options: OIALRConfig(mode="adapter", rank=0.25, **options),
+    "OIALR r/k=1/4, pretraining": lambda fan_in_fan_out, **options: OIALRConfig(
+        **FACTORED, mode="pretraining", **options
+    ),
+    "OIALR still dense, pretraining": lambda fan_in_fan_out, **options: OIALRConfig(mode="pretraining", **options),
 }
 
 

@@ -147,7 +147,7 @@ def main() -> None:
         parameters = model.num_parameters()
         if name == "OIALR":
             config = OIALRConfig(
-                pretraining=True,  # as in the dense run, everything trains
+                mode="pretraining",  # as in the dense run, everything trains
                 cutoff=example.cutoff,
                 delay=example.delay,
                 update_every=example.update_every,

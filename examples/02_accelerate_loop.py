@@ -52,7 +52,7 @@ class Run:
             num_labels=10,
         )
         model = AutoModelForImageClassification.from_config(config)
-        model = get_peft_model(model, OIALRConfig(pretraining=True, delay=0.3, cutoff=0.4, stability_threshold=0.99))
+        model = get_peft_model(model, OIALRConfig(mode="pretraining", delay=0.3, cutoff=0.4, stability_threshold=0.99))
         # the optimizer after the adapter: it must hold the parameters that the adapter trains
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
         scheduler = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)

@@ -1,4 +1,4 @@
-r"""Train a causal language model with OIALR: a small one from scratch, or a pretrained one in residual mode.
+r"""Train a causal language model with OIALR: a small one from scratch, or a pretrained one in adapter mode.
 
 By default nothing is downloaded: a tiny GPT-2 learns Python's language reference, which is part of every Python:
 
@@ -41,8 +41,8 @@ class ExampleArguments:
     dataset: str = field(default="reference", metadata={"help": "Hub id or path, `reference` or `docstrings`."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
     block_size: int = field(default=128, metadata={"help": "Tokens in a sequence."})
-    cutoff: float | None = field(default=None, metadata={"help": "Default: .2 from scratch, .02 in residual mode."})
-    init_rank: float = field(default=0.25, metadata={"help": "Residual mode: rank of the correction, share of full."})
+    cutoff: float | None = field(default=None, metadata={"help": "Default: .2 from scratch, .02 in adapter mode."})
+    rank: float = field(default=0.25, metadata={"help": "Adapter mode: rank of the correction, share of full."})
 
 
 @dataclass
@@ -92,7 +92,7 @@ def make_model(example: ExampleArguments, texts: Dataset):
     if example.model is not None:
         model, tokenizer = (kind.from_pretrained(example.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
         cutoff = 0.02 if example.cutoff is None else example.cutoff
-        config = OIALRConfig(task_type="CAUSAL_LM", residual=True, init_rank=example.init_rank, cutoff=cutoff)
+        config = OIALRConfig(task_type="CAUSAL_LM", mode="adapter", rank=example.rank, cutoff=cutoff)
         return get_peft_model(model, config), tokenizer
     tokenizer = byte_level_bpe(texts["text"], vocab_size=2000)
     end = tokenizer.eos_token_id
@@ -107,7 +107,7 @@ def make_model(example: ExampleArguments, texts: Dataset):
         pad_token_id=end,
     )
     cutoff = 0.2 if example.cutoff is None else example.cutoff
-    oialr = OIALRConfig(task_type="CAUSAL_LM", pretraining=True, delay=0.4, cutoff=cutoff)
+    oialr = OIALRConfig(task_type="CAUSAL_LM", mode="pretraining", delay=0.4, cutoff=cutoff)
     return get_peft_model(AutoModelForCausalLM.from_config(config), oialr), tokenizer
 
 

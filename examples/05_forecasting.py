@@ -112,7 +112,7 @@ def main() -> None:
 
     # a pretrained model is pruned with care: its small directions carry what it knows
     cutoff = example.cutoff if example.model is None else 0.02
-    config = OIALRConfig(pretraining=True, delay=example.delay, cutoff=cutoff)
+    config = OIALRConfig(mode="pretraining", delay=example.delay, cutoff=cutoff)
     model = get_peft_model(make_model(example, series.shape[1]), config)
     args.label_names = ["future_values"]
     trainer = OIALRTrainer(model=model, args=args, train_dataset=train, eval_dataset=test)

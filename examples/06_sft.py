@@ -4,7 +4,7 @@ By default nothing is downloaded: a tiny Llama, made here, learns what the funct
 
     python examples/06_sft.py
 
-A pretrained model is fine-tuned in residual mode; datasets of every form that TRL knows work, with chat templates too:
+A pretrained model is fine-tuned in adapter mode; datasets of every form that TRL knows work, with chat templates too:
 
     python examples/06_sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --learning_rate 2e-4
 """
@@ -30,8 +30,8 @@ class ExampleArguments:
 
     model: str | None = field(default=None, metadata={"help": "Hub id or path; default: a tiny Llama from scratch."})
     dataset: str = field(default="docstrings", metadata={"help": "Hub id or path, or `docstrings`."})
-    init_rank: float = field(default=0.25, metadata={"help": "Residual mode: rank of the correction, share of full."})
-    cutoff: float | None = field(default=None, metadata={"help": "Default: .2 from scratch, .02 in residual mode."})
+    rank: float = field(default=0.25, metadata={"help": "Adapter mode: rank of the correction, share of full."})
+    cutoff: float | None = field(default=None, metadata={"help": "Default: .2 from scratch, .02 in adapter mode."})
 
 
 @dataclass
@@ -83,9 +83,9 @@ def make_model(name: str | None, data: Dataset):
 def make_config(example: ExampleArguments) -> OIALRConfig:
     if example.model is None:
         cutoff = 0.2 if example.cutoff is None else example.cutoff
-        return OIALRConfig(task_type="CAUSAL_LM", pretraining=True, delay=0.4, cutoff=cutoff)
+        return OIALRConfig(task_type="CAUSAL_LM", mode="pretraining", delay=0.4, cutoff=cutoff)
     cutoff = 0.02 if example.cutoff is None else example.cutoff
-    return OIALRConfig(task_type="CAUSAL_LM", residual=True, init_rank=example.init_rank, cutoff=cutoff)
+    return OIALRConfig(task_type="CAUSAL_LM", mode="adapter", rank=example.rank, cutoff=cutoff)
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def make_model() -> torch.nn.Module:
         num_labels=10,
     )
     model = AutoModelForImageClassification.from_config(config)
-    return get_peft_model(model, OIALRConfig(pretraining=True, delay=0.4, cutoff=0.4, stability_threshold=0.99))
+    return get_peft_model(model, OIALRConfig(mode="pretraining", delay=0.4, cutoff=0.4, stability_threshold=0.99))
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 r"""Serve a converted model over HTTP: a low-rank or dense checkpoint, in a transformers pipeline.
 
-`04_language_model.py` writes both forms; `03_finetune_residual.py` writes a dense one:
+`04_language_model.py` writes both forms; `03_finetune_adapter.py` writes a dense one:
 
     python examples/08_serve.py --model runs/language_model/low_rank
-    python examples/08_serve.py --model runs/finetune_residual/merged --task text-classification
+    python examples/08_serve.py --model runs/finetune_adapter/merged --task text-classification
 
     curl localhost:8000 -d '{"inputs": "The \"if\" statement", "parameters": {"max_new_tokens": 20}}'
 

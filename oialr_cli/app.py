@@ -61,6 +61,14 @@ class Target(StrEnum):
     LORA = "lora"
 
 
+class Mode(StrEnum):
+    """Of an adapter, as in `OIALRConfig`."""
+
+    ADAPTER = "adapter"
+    REPLACE = "replace"
+    PRETRAINING = "pretraining"
+
+
 class Precision(StrEnum):
     """Of parameters, gradients and moments."""
 
@@ -94,24 +102,17 @@ def inspect(
 
 
 @app.command(
-    epilog="Examples:  oialr estimate path/to/config --rank 64  |  oialr estimate user/model --pretraining --rank 0.25"
+    epilog="Examples:  oialr estimate path/to/config --rank 64  |  oialr estimate user/model --mode pretraining --rank 0.25"
 )
 def estimate(
     model: Annotated[str, typer.Argument(help="Directory with a config.json, or a Hub id. No weights are read.")],
     rank: Annotated[float, typer.Option(help="After the freeze: a count ≥ 1, or a fraction of full rank.")] = 0.25,
-    pretraining: Annotated[
-        bool, typer.Option("--pretraining", help="Everything trains, as with pretraining=True.")
-    ] = False,
-    residual: Annotated[
-        bool, typer.Option("--residual", help="A correction of frozen weights, as with residual=True.")
-    ] = False,
+    mode: Annotated[Mode, typer.Option(help="Of the configuration.")] = Mode.ADAPTER,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens in an optimizer step.")] = 8192,
     dtype: Annotated[Precision, typer.Option(help="Of parameters, gradients and moments.")] = Precision.FLOAT32,
     json: Json = False,
 ) -> None:
     """Estimate parameters, memory, FLOPs and crossover ranks before training, from a configuration alone."""
-    if pretraining and residual:
-        raise typer.BadParameter("--pretraining and --residual exclude each other. Leave one out.")
     if rank <= 0 or (rank >= 1 and rank != int(rank)):
         raise typer.BadParameter(
             f"must be a whole number ≥ 1 or a fraction in (0, 1), but is {rank:g}.", param_hint="--rank"
@@ -121,9 +122,8 @@ def estimate(
     from oialr_cli.output import estimate_text, print_json
     from oialr_peft.report import estimate as estimation
 
-    mode: estimation.Mode = "pretraining" if pretraining else "residual" if residual else "replace"
     count = int(rank) if rank >= 1 else rank
-    found = estimation.estimate(model, rank=count, mode=mode, tokens=tokens, dtype=getattr(torch, dtype.value))
+    found = estimation.estimate(model, rank=count, mode=mode.value, tokens=tokens, dtype=getattr(torch, dtype.value))
     print_json(found.to_dict()) if json else typer.echo(estimate_text(found))
 
 
@@ -139,7 +139,7 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint as a low-rank model, a dense model, or a LoRA adapter (residual adapters only)."""
+    """Write a checkpoint as a low-rank model, a dense model, or a LoRA adapter (adapters that are corrections only)."""
     from oialr_cli.output import print_json
     from oialr_peft.storage.conversion import convert
 

@@ -546,7 +546,7 @@ def test_adaptation_has_a_row_for_every_method(tmp_path, summaries):
     (tmp_path / "other.txt").write_text("\n\n".join(["word1 word2 word3"] * 60))
     methods = {
         "full": '{"lr": 0.01}', "lora": '{"r": 2}', "adalora": '{"target_r": 2, "target_modules": ["q_proj"]}',
-        "oialr": '{"residual": true, "init_rank": 4, "update_every": 2}',
+        "oialr": '{"residual": true, "rank": 4, "update_every": 2}',
     }  # fmt: skip
     runs = [part for name, settings in methods.items() for part in ("--run", name, name, settings)]
     files = ("--model", tmp_path, "--text", summaries, "--other", tmp_path / "other.txt")
@@ -686,7 +686,7 @@ def test_what_ablations_do_to_moments():
 def test_ablation_decays_dense_weights_as_adamw_does_and_sigma_not_at_all():
     ablation = load("ablation.py")
     args = argparse.Namespace(decay=0.1)
-    config = OIALRConfig(target_modules=["0"], pretraining=True)
+    config = OIALRConfig(target_modules=["0"], mode="pretraining")
     model, plain = (get_peft_model(nn.Sequential(nn.Linear(3, 3)), config) for _ in range(2))
     plain.load_state_dict(model.state_dict())
     layer = ablation.target_layers(model)[0]

@@ -66,7 +66,7 @@ def test_help_lists_the_commands_and_each_has_examples():
         (["inspect"], "Missing argument"),
         (["wrong"], "No such command"),
         (["estimate", "x", "--rank", "1.5"], "whole number"),
-        (["estimate", "x", "--pretraining", "--residual"], "exclude each other"),
+        (["estimate", "x", "--mode", "residual"], "pretraining"),
         (["export", "x", "--to", "gguf", "--output", "y"], "gguf"),
     ],
 )
@@ -137,10 +137,10 @@ def test_inspect_shows_kinds_or_layers(run):
 
 def test_estimate_prints_phases_and_crossovers(run, tmp_path):
     BertForSequenceClassification.config_class(hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
-    text = output_of("estimate", tmp_path, "--rank", 8, "--pretraining")
+    text = output_of("estimate", tmp_path, "--rank", 8, "--mode", "pretraining")
     assert "OIALR, dense phase" in text
     assert "not measured" in text
-    found = json.loads(output_of("estimate", tmp_path, "--rank", 8, "--residual", "--json"))
+    found = json.loads(output_of("estimate", tmp_path, "--rank", 8, "--json"))
     assert [phase["name"] for phase in found["phases"]] == ["dense", "OIALR, factored"]
     assert {shape["rank"] for shape in found["shapes"]} == {8}
 
@@ -172,16 +172,16 @@ def test_compare_prints_figures_and_differences(run, tmp_path):
 
 @pytest.fixture
 def saved(make_model, tmp_path):
-    """A base model, and adapters of it: replace, residual, and pretraining without weights of the base."""
+    """A base model, and adapters of it: replace, adapter, and pretraining without weights of the base."""
     make_model("bert", torch.float32).save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
-    options = {"freeze_when": "delay", "delay": 0, "init_rank": 0.5, "init_weights": False}
-    cases = {"replace": options, "residual": {"residual": True, "init_rank": 2, "init_weights": False}}
+    options = {"freeze_when": "delay", "delay": 0, "rank": 0.5, "init_weights": False}
+    cases = {"replace": options, "adapter": {"mode": "adapter", "rank": 2, "init_weights": False}}
     for name, settings in cases.items():
         model = BertForSequenceClassification.from_pretrained(base)
-        get_peft_model(model, OIALRConfig(**settings)).save_pretrained(tmp_path / name)
+        get_peft_model(model, OIALRConfig(**{"mode": "replace", **settings})).save_pretrained(tmp_path / name)
     model = BertForSequenceClassification.from_pretrained(base)
-    get_peft_model(model, OIALRConfig(pretraining=True, **options)).save_pretrained(tmp_path / "pretraining")
+    get_peft_model(model, OIALRConfig(mode="pretraining", **options)).save_pretrained(tmp_path / "pretraining")
     model.config.save_pretrained(tmp_path / "config-only")
     return tmp_path
 
@@ -196,8 +196,8 @@ def logits_of(model, inputs):
     [
         ("replace", "low-rank", "base"),
         ("replace", "dense", None),
-        ("residual", "dense", None),
-        ("residual", "lora", None),
+        ("adapter", "dense", None),
+        ("adapter", "lora", None),
         ("pretraining", "low-rank", "config-only"),
     ],
 )
@@ -219,7 +219,7 @@ def test_an_exported_model_computes_the_same(adapter, form, base, saved, make_in
 
 def test_an_adapter_with_a_new_head_is_exported_with_it(saved, make_inputs):
     base = BertForSequenceClassification.from_pretrained(saved / "base", num_labels=7, ignore_mismatched_sizes=True)
-    config = OIALRConfig(residual=True, init_rank=2, init_weights=False, modules_to_save=["classifier"])
+    config = OIALRConfig(mode="adapter", rank=2, init_weights=False, modules_to_save=["classifier"])
     model = get_peft_model(base, config)
     model.save_pretrained(saved / "new-head")
     output_of("export", saved / "new-head", "--to", "dense", "--output", saved / "made")
@@ -241,7 +241,7 @@ def test_a_low_rank_checkpoint_becomes_dense_and_nothing_else(saved):
 def test_what_cannot_be_exported_says_what_can(saved):
     result = oialr("export", saved / "replace", "--to", "lora", "--output", saved / "lora")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("oialr: Only residual adapters")
+    assert result.stderr.splitlines()[-1].startswith("oialr: Only adapters with")
     config = json.loads((saved / "replace" / "adapter_config.json").read_text())
     (saved / "replace" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     result = oialr("export", saved / "replace", "--to", "dense", "--output", saved / "dense")

@@ -22,7 +22,7 @@ from transformers import (
 
 from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer
 from oialr_peft.tuner.layer import FACTOR_NAMES
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 pytestmark = [
     pytest.mark.usefixtures("float64", "fresh_compiler"),
@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 FACTORED = {"freeze_when": "delay", "delay": 0}
-MODES = {"dense": {}, "factored": FACTORED, "residual": {"residual": True}}
+MODES = {"dense": {}, "factored": FACTORED, "residual": {"mode": "adapter"}}
 CHANGES = 20
 
 
@@ -85,7 +85,7 @@ class Run:
     """A model that trains, compiled or not, with its optimizer and controller."""
 
     def __init__(self, base: nn.Module, *, compiled: bool, backend: str = "eager", **settings: object) -> None:
-        self.model = get_peft_model(base, OIALRConfig(**settings))
+        self.model = get_peft_model(base, OIALRConfig(**{"mode": "replace", **settings}))
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)
         self.controller = OIALRController(self.model, self.optimizer, total_steps=1000)
         self.graphs = CompileCounterWithBackend(backend)
@@ -173,7 +173,7 @@ def test_autocast_and_checkpointing_compile_without_graph_breaks(mode):
 )
 @pytest.mark.parametrize(("shrink", "recompiles"), [("physical", 1), ("mask", 0)])
 def test_twenty_changes_of_rank_compile_once_more_at_most(shrink, recompiles, residual):
-    settings = {"residual": True} if residual else FACTORED
+    settings = {"mode": "adapter"} if residual else FACTORED
     settings = {**settings, "shrink": shrink, "update_every": 1, "cutoff": 1e-9, "init_weights": False}
     compiled, eager = pair(**settings)
     combinations = set()
@@ -226,7 +226,10 @@ class Patches(nn.Module):
 
 def test_convolutions_and_attention_compile_once_more_for_all_ranks():
     targets = ["first", "second", "attention"]
-    model = get_peft_model(Patches(), OIALRConfig(target_modules=targets, init_weights=False, **FACTORED))
+    model = get_peft_model(
+        Patches(),
+        OIALRConfig(target_modules=targets, init_weights=False, **{"mode": "replace", **FACTORED}),
+    )
     graphs = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     x = torch.randn(2, 3, 8, 8)
@@ -298,7 +301,9 @@ class Sentences(torch.utils.data.Dataset):
 
 
 def trained(directory, **settings) -> OIALRTrainer:
-    config = OIALRConfig(task_type="SEQ_CLS", delay=4, update_every=2, stability_threshold=0.93, cutoff=0.15)
+    config = OIALRConfig(
+        mode="replace", task_type="SEQ_CLS", delay=4, update_every=2, stability_threshold=0.93, cutoff=0.15
+    )
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=16,

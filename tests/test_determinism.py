@@ -23,7 +23,7 @@ from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer, plot_history,
 from oialr_peft.linalg import decompositions
 from oialr_peft.report.run import run_report
 from oialr_peft.storage.export import save_dense, save_lora, save_low_rank, to_dense
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 # ---- the same run again ----------------------------------------------------------------------------------------------
 
@@ -123,10 +123,10 @@ def tower() -> nn.Module:
 MODES = {
     "stable": {"freeze_when": "stable", "delay": 4, "stability_threshold": 0.5},
     "bounded": {"freeze_when": "delay", "delay": 4, "max_output_loss": 0.1, "max_rank_drop": 0.5},
-    "factored": {"freeze_when": "delay", "delay": 0, "init_rank": 6},
+    "factored": {"freeze_when": "delay", "delay": 0, "rank": 6},
     "masked": {"freeze_when": "delay", "delay": 4, "shrink": "mask"},
-    "residual": {"residual": True, "init_rank": 6},
-    "pretraining": {"freeze_when": "delay", "delay": 4, "pretraining": True},
+    "residual": {"mode": "adapter", "rank": 6},
+    "pretraining": {"freeze_when": "delay", "delay": 4, "mode": "pretraining"},
     "sketch": {"freeze_when": "delay", "delay": 8, "stability_storage": "sketch"},
     "bf16": {"freeze_when": "delay", "delay": 8, "stability_storage": "bf16"},
     "cpu": {"freeze_when": "delay", "delay": 8, "stability_storage": "cpu"},
@@ -137,7 +137,15 @@ MODES = {
 def test_the_life_of_an_adapter_draws_no_random_numbers(tmp_path, mode):
     base, x = tower(), torch.randn(32, 10)
     with untouched("get_peft_model"):
-        model = get_peft_model(base, OIALRConfig(target_modules=["0", "2"], update_every=2, cutoff=0.5, **MODES[mode]))
+        model = get_peft_model(
+            base,
+            OIALRConfig(
+                target_modules=["0", "2"],
+                update_every=2,
+                cutoff=0.5,
+                **{"mode": "replace", **MODES[mode]},
+            ),
+        )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     with untouched("OIALRController"):
         controller = OIALRController(model, optimizer, total_steps=12)
@@ -177,7 +185,7 @@ def test_the_trainer_draws_what_it_draws_without_the_method(tmp_path):
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_exports_and_pages_draw_no_random_numbers(tmp_path, residual):
-    mode = {"residual": True, "init_rank": 6, "delay": 0} if residual else {"freeze_when": "delay", "delay": 4}
+    mode = {"mode": "adapter", "rank": 6, "delay": 0} if residual else {"freeze_when": "delay", "delay": 4}
     trained = trained_bert(
         tmp_path / "run",
         model=adapted_bert(update_every=2, cutoff=0.5, **mode),
@@ -222,7 +230,9 @@ def test_only_an_adapter_that_shall_differ_from_the_base_draws_random_numbers():
     before, weights = random_states(), []
     for _ in range(2):
         torch.manual_seed(7)
-        model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), OIALRConfig(target_modules=["0"], init_weights=False))
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(4, 3)), OIALRConfig(mode="replace", target_modules=["0"], init_weights=False)
+        )
         weights.append(adapter_layers(model)["0"].adapter_weight("default"))
     assert torch.equal(*weights)
     assert random_states()[0] != before[0]

@@ -30,6 +30,7 @@ from transformers import (
 from trl_models import llama, preferences, sentences, tokenizer
 
 from oialr_peft import OIALRConfig
+from oialr_peft.tuner.rules import COMBINATIONS, RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -79,7 +80,7 @@ def bert() -> nn.Module:
 
 
 def adapted(model: nn.Module, **settings: Any) -> nn.Module:
-    return get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", **settings))
+    return get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **settings}))
 
 
 def texts(count: int = 32) -> Dataset:
@@ -139,13 +140,13 @@ SCENES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "In a loop of your own"): loop,
     ("README.md", "Save, load, merge"): lambda: {
         "base_model": saved_bert(),
-        "model": adapted(saved_bert(), freeze_when="delay", delay=0, init_rank=8),
-        "residual_model": adapted(saved_bert(), residual=True, init_rank=4),
+        "model": adapted(saved_bert(), freeze_when="delay", delay=0, rank=8),
+        "adapted_model": adapted(saved_bert(), mode="adapter", rank=4),
     },
     ("troubleshooting.md", "Float16"): loop,
     ("fine-tuning.md", "With TRL"): lambda: {"texts": sentences(), "_": language_model()},
     ("compile.md", "torch.compile"): lambda: {"model": bert()},
-    ("compile.md", "Regional compilation"): lambda: {"model": get_peft_model(llama(), OIALRConfig())},
+    ("compile.md", "Regional compilation"): lambda: {"model": get_peft_model(llama(), OIALRConfig(mode="replace"))},
 }
 
 
@@ -266,9 +267,23 @@ def messages() -> list[Message]:
     found = []
     for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "oialr_cli").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and _tells_the_user(node.func) and node.args:
+            if not (isinstance(node, ast.Call) and _tells_the_user(node.func) and node.args):
+                continue
+            if ast.unparse(node.args[0]) not in FROM_THE_TABLE:
                 found.append(Message(f"{path.name}:{node.lineno}", _template(node.args[0])))
-    return found
+    return found + [Message("rules.py", text) for text in _rules()]
+
+
+# messages of `tuner/rules.py`, whose text is in its table, and what `engine/warn.py` is given
+FROM_THE_TABLE = ("rule.message(asked[rule.field])", "combination.message.format(**asked)", "message")
+
+
+def _rules() -> Iterator[str]:
+    """What the table of rules says of values that are not allowed."""
+    for rule in RULES:
+        yield f"`{rule.field}` must {rule.must_be}, but is …. {rule.remedy}"
+    for combination in COMBINATIONS:
+        yield re.sub(r"\{\w+!r\}", "…", combination.message)
 
 
 def _tells_the_user(function: ast.expr) -> bool:

@@ -98,8 +98,8 @@ def test_the_accelerate_loop_resumes_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_residual_fine_tuning_learns_a_small_correction(tmp_path):
-    output = run("03_finetune_residual.py", "--output_dir", tmp_path)
+def test_fine_tuning_an_adapter_learns_a_small_correction(tmp_path):
+    output = run("03_finetune_adapter.py", "--output_dir", tmp_path)
     before, after, chance = map(float, re.search(r"([\d.]+)% before, ([\d.]+)% after; ([\d.]+)% by", output).groups())
     assert after > before + 10
     # 53 to 60 % were seen; the tokenizer's own training breaks ties at random, so no two runs are equal

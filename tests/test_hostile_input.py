@@ -29,7 +29,7 @@ from oialr_peft import (
 )
 from oialr_peft.linalg.factors import DTYPES, rotation_of
 from oialr_peft.linalg.moments import transport_state
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 # a few rounding errors of one entry; narrow dtypes are rounded once, at the end
 ROUNDING = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -345,8 +345,8 @@ MODES: dict[str, dict[str, object]] = {
     "freeze": {"freeze_when": "delay", "delay": 1, "update_every": 1},
     "factored": {"freeze_when": "delay", "delay": 0, "update_every": 1},
     "masked": {"freeze_when": "delay", "delay": 0, "update_every": 1, "shrink": "mask"},
-    "residual": {"residual": True, "update_every": 1},
-    "pretraining": {"pretraining": True, "freeze_when": "delay", "delay": 1, "update_every": 1},
+    "residual": {"mode": "adapter", "update_every": 1},
+    "pretraining": {"mode": "pretraining", "freeze_when": "delay", "delay": 1, "update_every": 1},
     "bounded": {"freeze_when": "delay", "delay": 1, "update_every": 1, "max_output_loss": 0.5, "max_rank_drop": 0.5},
 }
 
@@ -382,7 +382,7 @@ def check_layer(hostile: Hostile, mode: str, kind: str) -> None:
         return  # refused by name: tested above, and in test_numbers.py
     base = nn.Sequential(linear(weight))
     bias = numpy(base[0].bias)
-    config = OIALRConfig(target_modules=["0"], cutoff=0.0, **MODES[mode])
+    config = OIALRConfig(target_modules=["0"], cutoff=0.0, **{"mode": "replace", **MODES[mode]})
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     x = inputs_of(weight, kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -428,7 +428,7 @@ def test_hundreds_of_layers_of_any_weight_compute_what_numpy_does(hostile, mode,
 def test_a_layer_without_entries_is_refused_by_name(shape, mode):
     base = nn.Sequential(nn.Linear(2, 2), nn.Linear(shape[1], shape[0]))
     with pytest.raises(ValueError, match=r"The weight of `1` has no entries"):
-        get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **MODES[mode]))
+        get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **{"mode": "replace", **MODES[mode]}))
     assert type(base[0]) is nn.Linear
 
 
@@ -436,7 +436,7 @@ def test_a_layer_without_entries_is_refused_by_name(shape, mode):
 def test_a_model_on_the_meta_device_is_adapted_and_its_training_refused_by_name(mode):
     with torch.device("meta"):
         base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
-    model = get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **MODES[mode]))
+    model = get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **{"mode": "replace", **MODES[mode]}))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert model(torch.empty(5, 4, device="meta")).shape == (5, 3)
     with pytest.raises(ValueError, match=r"`.*0\..*` is on the meta device, so it holds no values"):
@@ -449,4 +449,4 @@ def test_a_layer_of_another_kind_of_number_is_refused_by_name(mode, dtype):
     base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     base[1].weight = nn.Parameter(base[1].weight.detach().to(dtype), requires_grad=False)
     with pytest.raises(ValueError, match=r"`1` must be floating-point .* but has dtype"):
-        get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **MODES[mode]))
+        get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **{"mode": "replace", **MODES[mode]}))

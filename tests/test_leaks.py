@@ -27,7 +27,7 @@ from trainer_runs import trained as trained_bert
 from oialr_peft import OIALRConfig, OIALRController, plot_history
 from oialr_peft.linalg import decompositions
 from oialr_peft.report.run import run_report
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 MEBIBYTE = 2**20
 WIDTH = 24
@@ -36,7 +36,7 @@ MODES = {
     "dense": {"freeze_when": "stable", "delay": 1, "stability_threshold": 1.0},
     "physical": {"freeze_when": "delay", "delay": 2},
     "mask": {"freeze_when": "delay", "delay": 2, "shrink": "mask"},
-    "residual": {"residual": True, "init_rank": 12},
+    "residual": {"mode": "adapter", "rank": 12},
     "bounded": {"freeze_when": "delay", "delay": 2, "max_output_loss": 0.05, "max_rank_drop": 0.5},
 }
 
@@ -45,9 +45,9 @@ def tower() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh(), nn.Linear(16, WIDTH))
 
 
-def config(mode: str, **fields: object) -> OIALRConfig:
+def config(kind: str, **fields: object) -> OIALRConfig:
     settings = {"target_modules": ["0", "2"], "update_every": 1, "cutoff": 0.4, "min_rank": 2}
-    return OIALRConfig(**{**settings, **MODES[mode], **fields})
+    return OIALRConfig(**{"mode": "replace", **settings, **MODES[kind], **fields})
 
 
 def controlled(model: nn.Module, total_steps: int, **options: object) -> tuple[torch.optim.Optimizer, OIALRController]:
@@ -248,7 +248,9 @@ def calls_to_set_up(layers: int, settings: dict[str, object]) -> list[int]:
     """Of `get_peft_model`, of `OIALRController`, and of two checks."""
     made: list[object] = []
     base = nn.Sequential(*(Block() for _ in range(layers // 2)))
-    counted = [calls(lambda: made.append(get_peft_model(base, OIALRConfig(update_every=1, **settings))))]
+    counted = [
+        calls(lambda: made.append(get_peft_model(base, OIALRConfig(update_every=1, **{"mode": "replace", **settings}))))
+    ]
     (model,) = made
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     counted.append(calls(lambda: made.append(OIALRController(model, optimizer, total_steps=100, disable_tqdm=True))))
@@ -277,7 +279,10 @@ def test_work_to_set_up_grows_with_the_number_of_layers_and_not_with_its_square(
 def partly_frozen(**fields: object) -> PeftModel:
     """One layer stands still, so that its basis is stable; the other moves."""
     settings = {"freeze_when": "stable", "delay": 1, "stability_threshold": 0.99999}
-    model = get_peft_model(tower(), OIALRConfig(target_modules=["0", "2"], update_every=1, **settings, **fields))
+    model = get_peft_model(
+        tower(),
+        OIALRConfig(target_modules=["0", "2"], update_every=1, **{"mode": "replace", **settings, **fields}),
+    )
     still, moving = (layer.trained_parameter("default") for layer in adapter_layers(model).values())
     optimizer = torch.optim.SGD([{"params": [still], "lr": 0.0}, {"params": [moving], "lr": 0.5}])
     train(model, optimizer, OIALRController(model, optimizer, total_steps=10), 2)
@@ -285,16 +290,16 @@ def partly_frozen(**fields: object) -> PeftModel:
     return model
 
 
-def after_training(mode: str, **fields: object) -> PeftModel:
-    model = get_peft_model(tower(), config(mode, **fields))
+def after_training(kind: str, **fields: object) -> PeftModel:
+    model = get_peft_model(tower(), config(kind, **fields))
     train(model, *controlled(model, 8), 8)
     layers = adapter_layers(model).values()
-    assert mode == "dense" or all(layer.rank("default") < layer.full_rank["default"] for layer in layers)
+    assert kind == "dense" or all(layer.rank("default") < layer.full_rank["default"] for layer in layers)
     return model
 
 
-def merged(mode: str, **fields: object) -> PeftModel:
-    model = after_training(mode, **fields)
+def merged(kind: str, **fields: object) -> PeftModel:
+    model = after_training(kind, **fields)
     model.merge_adapter()
     return model
 
@@ -306,10 +311,10 @@ PHASES = {
     "masked": lambda: after_training("mask"),
     "residual": lambda: after_training("residual"),
     "bounded": lambda: after_training("bounded"),
-    "pretraining": lambda: after_training("physical", pretraining=True),
+    "pretraining": lambda: after_training("physical", mode="pretraining"),
     "merged": lambda: merged("physical"),
     "merged residual": lambda: merged("residual"),
-    "merged pretraining": lambda: merged("physical", pretraining=True),
+    "merged pretraining": lambda: merged("physical", mode="pretraining"),
 }
 
 

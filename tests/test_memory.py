@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.linalg.basis import SKETCH_COLUMNS
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 _SPEC = importlib.util.spec_from_file_location(
     "benchmarks_memory", Path(__file__).resolve().parents[1] / "benchmarks" / "memory.py"
@@ -87,14 +87,14 @@ def bytes_of(tensors) -> int:
 def test_the_dense_phase_of_pretraining_peaks_within_six_percent_of_dense_adamw(batch):
     dense = Training(bert(), batch=batch).peak()
     # a check, with its decompositions, after every step
-    config = OIALRConfig(pretraining=True, delay=90, update_every=1)
+    config = OIALRConfig(mode="pretraining", delay=90, update_every=1)
     ours = Training(bert(), config, batch=batch)
     assert ours.controller.state_dict()["bases"]
     assert ours.peak() <= 1.06 * dense
 
 
 def test_between_checks_only_sketches_are_kept_and_nothing_once_all_layers_are_factored():
-    training = Training(bert(), OIALRConfig(pretraining=True, freeze_when="delay", delay=3, update_every=1))
+    training = Training(bert(), OIALRConfig(mode="pretraining", freeze_when="delay", delay=3, update_every=1))
     bases = training.controller.state_dict()["bases"]
     layers = adapter_layers(training.model)
     assert {name: basis.numel() for name, basis in bases.items()} == {
@@ -105,10 +105,16 @@ def test_between_checks_only_sketches_are_kept_and_nothing_once_all_layers_are_f
     assert training.controller.state_dict()["bases"] == {}
 
 
-@pytest.mark.parametrize("pretraining", [True, False])
-def test_what_is_kept_after_the_freeze_follows_from_the_ranks_to_the_byte(pretraining):
+@pytest.mark.parametrize("mode", ["pretraining", "replace"])
+def test_what_is_kept_after_the_freeze_follows_from_the_ranks_to_the_byte(mode):
+    pretraining = mode == "pretraining"
     config = OIALRConfig(
-        pretraining=pretraining, freeze_when="delay", delay=2, update_every=1, cutoff=0.4, max_rank_drop=0.7
+        mode=mode,
+        freeze_when="delay",
+        delay=2,
+        update_every=1,
+        cutoff=0.4,
+        max_rank_drop=0.7,
     )
     training = Training(bert(), config)
     before, peak_before = bytes_of(training.kept()), training.peak()
@@ -133,7 +139,7 @@ def test_what_is_kept_after_the_freeze_follows_from_the_ranks_to_the_byte(pretra
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_residual_mode_peaks_no_higher_than_lora_with_as_many_parameters(batch):
-    residual = OIALRConfig(residual=True, init_rank=0.25, update_every=50, cutoff=0.0)
+    residual = OIALRConfig(mode="adapter", rank=0.25, update_every=50, cutoff=0.0)
     ours = Training(bert(), residual, batch=batch)
     lora = Training(bert(), LoraConfig(r=4, target_modules="all-linear"), batch=batch)
     assert lora.trainable() == pytest.approx(ours.trainable(), rel=0.1)
@@ -156,7 +162,7 @@ def alive(storages: list[weakref.ref]) -> int:
 
 
 def test_the_freeze_gives_back_weights_gradients_and_moments_at_once():
-    training = Training(bert(1), OIALRConfig(freeze_when="delay", delay=3, update_every=1))
+    training = Training(bert(1), OIALRConfig(mode="replace", freeze_when="delay", delay=3, update_every=1))
     training.step()
     gc.collect()
     gc.disable()
@@ -174,7 +180,7 @@ def test_the_freeze_gives_back_weights_gradients_and_moments_at_once():
 
 @pytest.mark.parametrize("leave", ["delete_adapter", "merge_and_unload", "unload"])
 def test_removing_an_adapter_frees_its_tensors(leave):
-    model = get_peft_model(bert(1), OIALRConfig(freeze_when="delay", delay=0, init_rank=0.5))
+    model = get_peft_model(bert(1), OIALRConfig(mode="replace", freeze_when="delay", delay=0, rank=0.5))
     tensors = [
         container["default"]
         for layer in adapter_layers(model).values()
@@ -191,7 +197,7 @@ def test_removing_an_adapter_frees_its_tensors(leave):
 
 
 def test_an_optimizer_does_not_keep_its_controller():
-    training = Training(bert(1), OIALRConfig(update_every=1))
+    training = Training(bert(1), OIALRConfig(mode="replace", update_every=1))
     gone = weakref.ref(training.controller)
     bases = watched(training.controller.state_dict()["bases"].values())
     training.controller = None
@@ -202,7 +208,7 @@ def test_an_optimizer_does_not_keep_its_controller():
 
 
 def test_an_optimizer_does_not_keep_the_frozen_bases_of_a_model_that_is_gone():
-    training = Training(bert(1), OIALRConfig(freeze_when="delay", delay=0, init_rank=0.5))
+    training = Training(bert(1), OIALRConfig(mode="replace", freeze_when="delay", delay=0, rank=0.5))
     gone = watched(parameter for parameter in training.model.parameters() if not parameter.requires_grad)
     training.controller = training.model = None
     gc.collect()

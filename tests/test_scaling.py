@@ -48,8 +48,8 @@ def trained(config, *, factored: bool) -> tuple[nn.Module, torch.optim.Optimizer
     """A tiny model, trained for one step so that gradients and moments exist."""
     model: nn.Module = LlamaForCausalLM(config).float()
     if factored:
-        options = {"freeze_when": "delay", "delay": 0, "init_rank": 0.25}
-        model = get_peft_model(model, OIALRConfig(task_type="CAUSAL_LM", pretraining=True, **options))
+        options = {"freeze_when": "delay", "delay": 0, "rank": 0.25}
+        model = get_peft_model(model, OIALRConfig(task_type="CAUSAL_LM", mode="pretraining", **options))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     if factored:
         OIALRController(model, optimizer, total_steps=100)  # products may be kept between steps
@@ -98,7 +98,7 @@ def test_parameters_gradients_and_memory_are_those_of_the_model(scaling, config,
 @pytest.mark.parametrize("width", [16, 160])  # the whole basis is kept, or a sketch
 def test_sketches_are_what_the_controller_keeps(scaling, width):
     config = scaling.llama(width, 1, 2 * width, 4, 2, 40)
-    model = get_peft_model(LlamaForCausalLM(config), OIALRConfig(task_type="CAUSAL_LM", pretraining=True))
+    model = get_peft_model(LlamaForCausalLM(config), OIALRConfig(task_type="CAUSAL_LM", mode="pretraining"))
     optimizer = torch.optim.AdamW(model.parameters())
     controller = OIALRController(model, optimizer, total_steps=100)
     for _ in range(4):

@@ -30,7 +30,7 @@ from oialr_peft.storage.inspection import inspect_checkpoint
 
 PACKAGE = Path(oialr_peft.__file__).parent
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "oialr_cli").glob("*.py")])
-FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 3}
+FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 3}
 
 pytestmark = pytest.mark.filterwarnings("ignore:The factors of the .* layers hold:UserWarning")  # of tiny layers
 
@@ -130,9 +130,14 @@ print(json.dumps([at_import, SEEN]))
 def test_an_import_opens_no_connection_and_loading_runs_nothing(tmp_path, make_model):
     base = make_model("bert", torch.float32)
     base.save_pretrained(tmp_path / "base")
-    save_low_rank(get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", **FACTORED)), tmp_path / "standalone")
+    save_low_rank(
+        get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **FACTORED})),
+        tmp_path / "standalone",
+    )
     network = nn.Sequential(nn.Linear(4, 4))
-    get_peft_model(network, OIALRConfig(target_modules=["0"], **FACTORED)).save_pretrained(tmp_path / "adapter")
+    get_peft_model(network, OIALRConfig(target_modules=["0"], **{"mode": "replace", **FACTORED})).save_pretrained(
+        tmp_path / "adapter"
+    )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     directories = [tmp_path / name for name in ("base", "adapter", "standalone")]
     output = subprocess.run(
@@ -153,7 +158,10 @@ def test_an_import_opens_no_connection_and_loading_runs_nothing(tmp_path, make_m
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, make_model):
     directory = tmp_path_factory.mktemp("saved") / "model"
-    adapted = get_peft_model(make_model("bert", torch.float32), OIALRConfig(task_type="SEQ_CLS", **FACTORED))
+    adapted = get_peft_model(
+        make_model("bert", torch.float32),
+        OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **FACTORED}),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such tiny layers are no smaller as factors
         save_low_rank(adapted, directory, max_shard_size="3KB")
@@ -248,7 +256,9 @@ def sparse(file: Path, shape: list[int]) -> None:
 def test_a_tensor_of_a_terabyte_is_refused_by_its_header(tmp_path):
     base = nn.Sequential(nn.Linear(4, 4))
     settings = {"target_modules": ["0"], "delay": 0.5}
-    get_peft_model(nn.Sequential(nn.Linear(4, 4)), OIALRConfig(**settings)).save_pretrained(tmp_path)
+    get_peft_model(nn.Sequential(nn.Linear(4, 4)), OIALRConfig(**{"mode": "replace", **settings})).save_pretrained(
+        tmp_path
+    )
     sparse(tmp_path / "adapter_model.safetensors", [2**18, 2**20])
     before = peak_memory()
     assert inspect_checkpoint(str(tmp_path)).bytes == 2**40

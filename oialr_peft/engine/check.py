@@ -6,17 +6,17 @@ is decomposed if it takes part in the Σ update. Whatever is factored or due is 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from oialr_peft.engine.inputs import RecentInputs, Recorder
+from oialr_peft.engine.inputs import RecentInputs
 from oialr_peft.engine.outcome import Outcome
 from oialr_peft.engine.pruning import UNKNOWN, directions_needed, output_energies
 from oialr_peft.engine.schedule import Schedule
 from oialr_peft.engine.trained_layers import TrainedLayers
+from oialr_peft.engine.warn import warn
 from oialr_peft.linalg.basis import kept_of, kept_shape, stability_error, stability_of_kept
 from oialr_peft.linalg.decompositions import Decomposition, decompose
 from oialr_peft.linalg.factors import (
@@ -57,11 +57,11 @@ class Check:
         due: Collection[str],
         bases: Mapping[str, Tensor],
         processes: Processes | None,
-        recent: Recorder,
+        recent: RecentInputs,
     ) -> None:
         self.trained = trained
         self.slots = slots
-        self.config = trained.config
+        self.settings = trained.settings
         self.schedule = schedule
         self.step = step
         self.due = frozenset(due)
@@ -116,8 +116,8 @@ class Check:
         if rank == 0 and not dense:
             return Outcome(name, rank_before=rank_before)
         if rank == 0:
-            shape = kept_shape(self.trained.shape(name), self.config.stability_storage)
-            dtype = torch.bfloat16 if self.config.stability_storage == "bf16" else compute_dtype(parameter)
+            shape = kept_shape(self.trained.shape(name), self.settings.stability_storage)
+            dtype = torch.bfloat16 if self.settings.stability_storage == "bf16" else compute_dtype(parameter)
             return Outcome(name, measured, torch.empty(shape, dtype=dtype, device=parameter.device))
         factors = self.trained.unset_factors(name, rank)
         state = shaped_as_whole(self.slots.state_of(parameter))
@@ -126,7 +126,7 @@ class Check:
 
     def _compared(self, decompositions: list[Decomposition]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What is kept of the bases of dense layers, and Stability of those that have an earlier one."""
-        storage = self.config.stability_storage
+        storage = self.settings.stability_storage
         kept: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         for found in decompositions:
@@ -142,7 +142,7 @@ class Check:
 
     def _freezes(self, found: Decomposition, measured: float | None) -> bool:
         if measured is not None:  # a sketched value may be too high by chance; two standard deviations are given away
-            measured -= 2 * stability_error(measured, found.shape, self.config.stability_storage)
+            measured -= 2 * stability_error(measured, found.shape, self.settings.stability_storage)
         return self.schedule.freezes(self.step, measured)
 
     def _rotation(self, found: Decomposition) -> Rotation:
@@ -182,31 +182,28 @@ class Check:
 
     def _needed(self, name: str, rotation: Rotation) -> Tensor:
         """How many directions of a layer are worth keeping, by what was recorded where the rule asks for it."""
-        config, trained, recent = self.config, self.trained, self.recent
-        assert config.cutoff is not None  # set when the configuration is made
-        sample = recent.samples.get(name) if isinstance(recent, RecentInputs) else None
+        settings, trained, recent = self.settings, self.trained, self.recent
+        sample = recent.samples.get(name)
         measured = None
         if sample is not None and sample.numel() > 0:
             layer = trained.layers[name]
             # the base weights of sharded layers are on other processes
-            with_base = layer.residual[trained.adapter_name] and not trained.sharded
+            with_base = layer.is_correction[trained.adapter_name] and not trained.sharded
             factors = None if trained.is_dense(name) else trained.factors(name)
             measured = output_energies(layer, rotation, factors, sample, with_base=with_base)
-        return directions_needed(rotation.singular_values, config.cutoff, config.max_output_loss, measured)
+        return directions_needed(rotation.singular_values, settings.cutoff, settings.max_output_loss, measured)
 
     def _bounded(self, name: str, needed: int, rank: int) -> int:
         """The rank to keep of this one when so many directions are needed."""
-        assert self.config.max_rank_drop is not None  # set when the configuration is made
         if needed == UNKNOWN:
-            warnings.warn(
+            warn(
                 f"Recent inputs of `{name}` give outputs of NaN or Inf, so what pruning would remove of them is unknown: the "
                 "layer keeps its rank in this check. Look for the batch or the layer that they come from.",
-                stacklevel=8,
             )
             return rank
         layer = self.trained.layers[name]
-        min_rank = rank_of(self.config.min_rank, min(layer.out_features, layer.in_features))
-        return bounded_rank(needed, rank, max_rank_drop=self.config.max_rank_drop, min_rank=min_rank)
+        min_rank = rank_of(self.settings.min_rank, min(layer.out_features, layer.in_features))
+        return bounded_rank(needed, rank, max_rank_drop=self.settings.max_rank_drop, min_rank=min_rank)
 
     def _changed(self, name: str, cut: Rotation, stability: float | None, broken: bool) -> Outcome:
         """New factors and optimizer state of a layer, from the way of its trained matrix to what is kept of it."""

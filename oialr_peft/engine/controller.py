@@ -15,9 +15,8 @@ import json
 import logging
 import os
 import time
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr_peft.engine.check import Check
-from oialr_peft.engine.inputs import recorder_of
+from oialr_peft.engine.inputs import RecentInputs
 from oialr_peft.engine.learning_rate import SigmaLearningRate
 from oialr_peft.engine.log import log_check
 from oialr_peft.engine.outcome import Finder, Outcome, found_by_all
 from oialr_peft.engine.schedule import Schedule
+from oialr_peft.engine.state import RunState
 from oialr_peft.engine.trained_layers import TrainedLayers
 from oialr_peft.engine.update import OIALRUpdate
+from oialr_peft.engine.warn import warn
 from oialr_peft.files.values import is_count
 from oialr_peft.linalg.basis import kept_shape
 from oialr_peft.linalg.factors import DTYPES, first_not_finite, not_finite_error, require_finite
@@ -43,14 +44,13 @@ from oialr_peft.linalg.moments import OptimizerSlots
 from oialr_peft.parallel.distributed import Processes, refresh_reducers, refuse_join, require_supported_engine
 from oialr_peft.parallel.progress import decomposition_bar
 from oialr_peft.parallel.sharding import local, reshard_idle
-from oialr_peft.tuner.config import OIALRConfig
 from oialr_peft.tuner.layer import OIALRLinear
 from oialr_peft.tuner.quantities import steps_of
+from oialr_peft.tuner.settings import Settings
 
 logger = logging.getLogger("oialr_peft.controller")  # a name for users, who set its level; files may move
 
 RANKS_NAME = "oialr_ranks.json"
-FORMAT_VERSION = 1  # of the state; raised when older releases could no longer read new ones
 # share of directions kept from which a warning says so; no route is faster there than the dense layer
 LITTLE_PRUNED = 0.9
 
@@ -82,9 +82,11 @@ class OIALRController:
         In a loop of your own:
 
         >>> import torch
+        >>> from oialr_peft import OIALRConfig
         >>> from peft import get_peft_model
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 1))
-        >>> model = get_peft_model(model, OIALRConfig(target_modules=["0"], freeze_when="delay", delay=10, update_every=5))
+        >>> rules = {"freeze_when": "delay", "delay": 10, "update_every": 5}
+        >>> model = get_peft_model(model, OIALRConfig(target_modules=["0"], mode="replace", **rules))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         >>> controller = OIALRController(model, optimizer, total_steps=20)
         >>> for _ in range(20):
@@ -111,19 +113,16 @@ class OIALRController:
         self.optimizer = optimizer
         self.adapter_name = adapter_name
         self._trained = TrainedLayers(model, optimizer, adapter_name)
-        self.config = self._trained.config
+        self.settings = self._trained.settings
         self.layers = self._trained.layers
-        self.schedule = _schedule_of(self.config, total_steps)
-        self.history: list[OIALRUpdate] = []
-        self._steps = 0
-        self._sigma_updates = 0
-        self._bases: dict[str, Tensor] = {}
+        self.schedule = _schedule_of(self.settings, total_steps)
+        self._state = RunState()
         self._reset_warned = False
-        self._recent = recorder_of(self.config, self.layers.values())
+        self._recent = RecentInputs(() if self.settings.max_output_loss is None else self.layers.values())
         weakref.finalize(self, self._recent.close)
         self._processes = Processes.of(model, self._trained.device)
         if self._processes is not None:
-            self._processes.require_same("The configuration", _settings_of(self.config, total_steps, self.layers))
+            self._processes.require_same("The configuration", _shared_facts(self.settings, total_steps, self.layers))
         refresh_reducers(model)
         self._require_loaded_weights()
         self._dense_total = self._trained.count_dense_model()
@@ -132,7 +131,7 @@ class OIALRController:
         torch_optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         torch_optimizer.register_step_post_hook(_forget_products_of(list(self.layers.values())))
         self._fused_step = _FusedStep(torch_optimizer)
-        SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, self.config.sigma_lr_scale)
+        SigmaLearningRate(torch_optimizer, self.layers.values(), adapter_name, self.settings.sigma_lr_scale)
         self._record_before_check()
 
     def step(self) -> OIALRUpdate | None:
@@ -150,10 +149,10 @@ class OIALRController:
             torch.linalg.LinAlgError: a weight cannot be decomposed. Layers that came before it in this check are changed.
         """
         if self._step_was_skipped():
-            self._recent.forget_step()
+            self._recent.forget()
             return None
-        self._steps += 1
-        if not self.schedule.is_check(self._steps):
+        self._state.steps += 1
+        if not self.schedule.is_check(self._state.steps):
             self._record_before_check()
             return None
         started = time.perf_counter()
@@ -164,7 +163,7 @@ class OIALRController:
         with torch.no_grad(), torch.autocast(self._trained.device.type, enabled=False):
             stability, frozen, ranks = self._check(OptimizerSlots(self.optimizer))
         update = OIALRUpdate(
-            self._steps,
+            self._state.steps,
             stability,
             frozen,
             ranks,
@@ -186,23 +185,28 @@ class OIALRController:
     @property
     def steps(self) -> int:
         """Optimizer steps counted so far."""
-        return self._steps
+        return self._state.steps
+
+    @property
+    def history(self) -> list[OIALRUpdate]:
+        """The `OIALRUpdate` of every check so far."""
+        return self._state.history
 
     # ---- what changes layers -----------------------------------------------------------------------------------------
 
     def _check(self, slots: OptimizerSlots) -> tuple[dict[str, float], list[str], dict[str, tuple[int, int]]]:
         """Stability, newly factored layers, and ranks before and after the Σ update."""
         names = list(self.layers)
-        due = [names[index] for index in self.schedule.layers_due(self._sigma_updates + 1, len(names))]
+        due = [names[index] for index in self.schedule.layers_due(self._state.sigma_updates + 1, len(names))]
         dense = [name for name in names if self._trained.is_dense(name)]
         factored = [name for name in due if not self._trained.is_dense(name)]
         check = Check(
             self._trained,
             slots,
             schedule=self.schedule,
-            step=self._steps,
+            step=self._state.steps,
             due=due,
-            bases=self._bases,
+            bases=self._state.bases,
             processes=self._processes,
             recent=self._recent,
         )
@@ -212,7 +216,7 @@ class OIALRController:
         refresh_reducers(self.model)
         frozen = [name for name in dense if not self._trained.is_dense(name)]
         if frozen or len(dense) < len(names):
-            self._sigma_updates += 1
+            self._state.sigma_updates += 1
         stability = {name: s for name in dense if (s := outcomes[name].stability) is not None}
         ranks = {
             name: (before, self.layers[name].rank(self.adapter_name))
@@ -231,34 +235,32 @@ class OIALRController:
     def _apply(self, outcome: Outcome, slots: OptimizerSlots) -> None:
         name = outcome.name
         if outcome.kept is not None:
-            self._bases[name] = outcome.kept.cpu() if self.config.stability_storage == "cpu" else outcome.kept
+            self._state.bases[name] = outcome.kept.cpu() if self.settings.stability_storage == "cpu" else outcome.kept
         if outcome.factors is None:
             return
-        self._bases.pop(name, None)
+        self._state.bases.pop(name, None)
         self._trained.put(name, outcome.factors, outcome.state, slots)
         if outcome.broken:
-            warnings.warn(
+            warn(
                 f"The state that {type(self.optimizer).__name__} keeps for `{name}` holds NaN or Inf, so it is reset with "
                 "the change of basis. Training has nearly diverged: lower the learning rate, or clip gradients.",
-                stacklevel=5,
             )
         elif outcome.state is None and not self._reset_warned:
             self._reset_warned = True
-            warnings.warn(
+            warn(
                 f"The state that {type(self.optimizer).__name__} keeps for `{name}` cannot follow a change of basis, so "
                 "it is reset for every layer when that is factored or pruned. AdamW, Adam, SGD and Muon from "
                 "torch.optim keep theirs.",
-                stacklevel=5,
             )
 
     # ---- before and after a check ------------------------------------------------------------------------------------
 
     def _record_before_check(self) -> None:
         """Record the next step if a check follows soon; begin anew after one."""
-        if self.schedule.is_check(self._steps):
+        if self.schedule.is_check(self._state.steps):
             self._recent.forget()
-        check = self.schedule.next_check(self._steps)
-        self._recent.recording = check - self._steps <= self._recent.steps and self._may_truncate(check)
+        check = self.schedule.next_check(self._state.steps)
+        self._recent.recording = check == self._state.steps + 1 and self._may_truncate(check)
 
     def _may_truncate(self, step: int) -> bool:
         """Whether a check at `step` could find a layer to truncate."""
@@ -280,7 +282,7 @@ class OIALRController:
         if self._processes is not None:
             names = list(self.layers)
             position = len(names) if name is None else names.index(name)
-            first, lowest, highest = self._processes.smallest([position, self._steps, -self._steps])
+            first, lowest, highest = self._processes.smallest([position, self._state.steps, -self._state.steps])
             if lowest != -highest:
                 raise RuntimeError(
                     f"The processes are at different optimizer steps, {int(lowest)} to {int(-highest)}. Call `step()` "
@@ -300,31 +302,24 @@ class OIALRController:
 
     def _warn_if_little_is_pruned(self, update: OIALRUpdate) -> None:
         """Warn after the first Σ update of all layers when the bound keeps so much that training gets no smaller."""
-        bounded = self.config.max_output_loss is not None and not self.config.residual
+        bounded = self.settings.max_output_loss is not None and not self.settings.is_correction
         earlier = any(len(past.ranks) == len(self.layers) for past in self.history[:-1])
         if not bounded or earlier or len(update.ranks) < len(self.layers):
             return
         full = sum(layer.full_rank[self.adapter_name] for layer in self.layers.values())
         kept = sum(after for _, after in update.ranks.values()) / full
         if kept > LITTLE_PRUNED:
-            warnings.warn(
-                f"All layers are factored, and `max_output_loss={self.config.max_output_loss:g}` keeps {kept:.0%} of their "
+            warn(
+                f"All layers are factored, and `max_output_loss={self.settings.max_output_loss:g}` keeps {kept:.0%} of their "
                 "directions, so training gets neither faster nor smaller. Pretrained language models are like this: use "
-                "`residual=True` with an `init_rank` for them. Otherwise raise `max_output_loss`.",
-                stacklevel=3,
+                '`mode="adapter"` for them. Otherwise raise `max_output_loss`.',
             )
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the weights and the optimizer: tensors, numbers and strings only."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "steps": self._steps,
-            "sigma_updates": self._sigma_updates,
-            "bases": dict(self._bases),
-            "history": [asdict(update) for update in self.history],
-        }
+        return self._state.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict()`; load the weights and the optimizer state first.
@@ -335,40 +330,32 @@ class OIALRController:
             ValueError: it is of a later format, or a stored basis belongs to no dense layer of this model, has another
                 shape than `stability_storage` keeps, or holds integers, NaN or Inf. The controller is then as it was.
         """
-        version = state_dict.get("format_version", 1)
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"The controller state has format {version}; this release reads up to {FORMAT_VERSION}. Upgrade oialr-peft."
-            )
+        state = RunState.from_dict(state_dict)
         self._trained.take_over_loaded()
+        self._require_fitting(state.bases)
+        if self.settings.stability_storage != "cpu":
+            state.bases = {name: basis.to(self._trained.device) for name, basis in state.bases.items()}
+        self._state = state
+        self._recent.forget()
+        self._record_before_check()
+
+    def _require_fitting(self, bases: Mapping[str, Tensor]) -> None:
         dense = {name for name, layer in self.layers.items() if layer.is_dense(self.adapter_name)}
-        foreign = sorted(set(state_dict["bases"]) - dense)
+        foreign = sorted(set(bases) - dense)
         if foreign:
             raise ValueError(
                 f"The controller state holds a basis of {', '.join(foreign)}, which is not a dense layer of this model."
                 " Load the model's weights from the same checkpoint first."
             )
-        for name, basis in state_dict["bases"].items():
-            shape = kept_shape(self._trained.shape(name), self.config.stability_storage)
+        for name, basis in bases.items():
+            shape = kept_shape(self._trained.shape(name), self.settings.stability_storage)
             if tuple(basis.shape) != shape or basis.dtype not in DTYPES:
                 raise ValueError(
                     f"The controller state holds a basis of `{name}` with shape {tuple(basis.shape)} and {basis.dtype}, but "
-                    f"`stability_storage={self.config.stability_storage!r}` keeps floating-point numbers of shape {shape}. "
+                    f"`stability_storage={self.settings.stability_storage!r}` keeps floating-point numbers of shape {shape}. "
                     "Resume with the setting of the first run."
                 )
-        require_finite(state_dict["bases"])
-        self._steps = int(state_dict["steps"])
-        self._sigma_updates = int(state_dict["sigma_updates"])
-        self._bases = {
-            name: basis if self.config.stability_storage == "cpu" else basis.to(self._trained.device)
-            for name, basis in state_dict["bases"].items()
-        }
-        self._recent.forget()
-        self._record_before_check()
-        self.history = [
-            OIALRUpdate(**{**update, "ranks": {name: (r[0], r[1]) for name, r in update["ranks"].items()}})
-            for update in state_dict["history"]
-        ]
+        require_finite(bases)
 
     def register(self, accelerator: Accelerator) -> None:
         """Make `accelerator.save_state` include the schedule, and phases and ranks for `match`.
@@ -452,14 +439,13 @@ def _forget_products_of(layers: list[OIALRLinear]) -> Callable[..., None]:
     return after_optimizer_step
 
 
-def _schedule_of(config: OIALRConfig, total_steps: int) -> Schedule:
+def _schedule_of(settings: Settings, total_steps: int) -> Schedule:
     if not is_count(total_steps):
         raise ValueError(
             f"`total_steps` must be an int ≥ 1, the optimizer steps of the whole run, but is {total_steps!r}. With "
             "gradient accumulation, count the updates, not the batches."
         )
-    assert config.delay is not None
-    for name, value in (("delay", config.delay), ("update_every", config.update_every)):
+    for name, value in (("delay", settings.delay), ("update_every", settings.update_every)):
         if value > total_steps:
             raise ValueError(
                 f"`{name}` is {value} optimizer steps, but the whole run has {total_steps}. Train longer, or lower it; "
@@ -467,14 +453,14 @@ def _schedule_of(config: OIALRConfig, total_steps: int) -> Schedule:
             )
     return Schedule(
         total_steps=total_steps,
-        delay=steps_of(config.delay, total_steps),
-        update_every=steps_of(config.update_every, total_steps),
-        layers_per_update=config.layers_per_update,
-        threshold=config.stability_threshold if config.freeze_when == "stable" else None,
+        delay=steps_of(settings.delay, total_steps),
+        update_every=steps_of(settings.update_every, total_steps),
+        layers_per_update=settings.layers_per_update,
+        threshold=settings.stability_threshold if settings.freeze_when == "stable" else None,
     )
 
 
-def _settings_of(config: OIALRConfig, total_steps: int, layers: dict[str, OIALRLinear]) -> list[Any]:
+def _shared_facts(settings: Settings, total_steps: int, layers: dict[str, OIALRLinear]) -> list[Any]:
     """What must be equal in all processes; nothing that depends on the device, of which each has its own."""
     shapes = {name: [layer.out_features, layer.in_features, layer.extra_repr()] for name, layer in layers.items()}
-    return [config.to_dict(), total_steps, shapes]
+    return [asdict(settings), total_steps, shapes]

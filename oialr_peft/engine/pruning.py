@@ -51,7 +51,7 @@ def output_energies(
         rotation: SVD of the dense weight, or of the core of `factors`.
         factors: of the layer; `None` while it is dense.
         sample: inputs, as `RecentInputs` keeps them.
-        with_base: whether the base layer's output counts as well, as in residual mode.
+        with_base: whether the base layer's output counts as well, as in adapter mode.
     """
     form, sigma, sample = layer.form, rotation.singular_values.double(), sample.to(rotation.q.dtype)
     if factors is None:

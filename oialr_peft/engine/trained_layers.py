@@ -17,7 +17,7 @@ from oialr_peft.linalg.factors import Factors
 from oialr_peft.linalg.moments import OptimizerSlots, is_moment
 from oialr_peft.parallel.distributed import refresh_reducers
 from oialr_peft.parallel.sharding import is_sharded, like_shards_of, shard_new_parameters, whole
-from oialr_peft.tuner.model import adapter_layers, config_of
+from oialr_peft.tuner.lookup import adapter_layers, config_of
 
 
 class _Whole(NamedTuple):
@@ -40,7 +40,7 @@ class TrainedLayers:
         adapter_name: which adapter.
 
     Attributes:
-        config: of the adapter.
+        settings: of the adapter.
         layers: by name, in module order.
         parameters: the parameter that each layer trains, as the optimizer knows it.
         device: of all of them.
@@ -54,7 +54,7 @@ class TrainedLayers:
         self.model = model
         self.optimizer = optimizer
         self.adapter_name = adapter_name
-        self.config = config_of(model, adapter_name)
+        self.settings = config_of(model, adapter_name).resolved()
         self.layers = adapter_layers(model, adapter_name)
         self.parameters = {name: layer.trained_parameter(adapter_name) for name, layer in self.layers.items()}
         self._require_trained_by_optimizer()
@@ -104,7 +104,7 @@ class TrainedLayers:
 
     def size_for(self, name: str, rank: int) -> int:
         """Directions that the tensors of a layer of this rank have: with masks, as many as before."""
-        if self.config.shrink == "physical":
+        if self.settings.shrink == "physical":
             return rank
         return self.full_rank(name) if self.is_dense(name) else self.parameters[name].shape[0]
 

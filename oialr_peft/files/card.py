@@ -37,9 +37,9 @@ A layer trains in full until its basis U Vᵀ is stable; then U and V are frozen
 directions with small singular values are dropped. So the rank r of each layer was found, not chosen: it is stored as
 U (m×r), Σ (r×r) and Vᵀ (r×n)."""
 
-RESIDUAL_METHOD = """\
+CORRECTION_METHOD = """\
 Trained with orthogonality-informed adaptive low-rank training (OIALR, [arXiv 2401.08505](https://arxiv.org/abs/2401.08505))
-in residual mode. The weights of the base model stay as they are; the adapter holds a low-rank correction U Σ Vᵀ of each
+as a correction. The weights of the base model stay as they are; the adapter holds a low-rank correction U Σ Vᵀ of each
 layer. Only the square Σ trains, and directions with small singular values are dropped. A correction of rank r is stored as
 U (m×r), Σ (r×r) and Vᵀ (r×n)."""
 
@@ -114,14 +114,14 @@ class SavedSettings:
     Attributes:
         base_model: repository or directory of the base model, if it has one.
         revision: of that repository; `None` means its main branch.
-        residual: whether the adapter is a correction beside the base weights.
+        is_correction: whether the adapter is added to the base weights.
         from_scratch: whether the adapter holds everything that trained.
         shown: settings of the method, by name.
     """
 
     base_model: str | None
     revision: str | None
-    residual: bool
+    is_correction: bool
     from_scratch: bool
     shown: Mapping[str, Any]
 
@@ -437,7 +437,7 @@ def write_adapter_card(
         from_scratch=settings.from_scratch,
     )
     name = saved.adapter_name
-    method = RESIDUAL_METHOD if settings.residual else METHOD
+    method = CORRECTION_METHOD if settings.is_correction else METHOD
     heading = "OIALR adapter" if name == "default" else f"OIALR adapter `{name}`"
     write_section(
         directory,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -23,11 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from oialr_peft.linalg.ops import crossover_rank, inference_crossover_rank, route_cost
 from oialr_peft.storage.inspection import require_source
 from oialr_peft.tuner.config import OIALRConfig
+from oialr_peft.tuner.lookup import adapter_layers
 from oialr_peft.tuner.matricization import matricization_of
-from oialr_peft.tuner.model import adapter_layers
 from oialr_peft.tuner.quantities import rank_of
-
-Mode = Literal["replace", "pretraining", "residual"]
+from oialr_peft.tuner.settings import Mode
 
 
 class Phase(NamedTuple):
@@ -81,7 +80,7 @@ def estimate(
     model: str,
     *,
     rank: int | float = 0.25,
-    mode: Mode = "replace",
+    mode: Mode = "adapter",
     tokens: int = 8192,
     dtype: torch.dtype = torch.float32,
 ) -> Estimate:
@@ -102,17 +101,9 @@ def estimate(
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     dense, name = _dense(config, tokens, dtype)
     phases = [dense]
-    if mode != "residual":
-        at_first = {"pretraining": mode == "pretraining"}
-        phases.append(_adapted("OIALR, dense phase", config, at_first, tokens, dtype)[0])
-    settings: dict[str, Any] = {
-        "freeze_when": "delay",
-        "delay": 0,
-        "init_rank": rank,
-        "pretraining": mode == "pretraining",
-    }
-    if mode == "residual":
-        settings = {"residual": True, "init_rank": rank}
+    if mode != "adapter":
+        phases.append(_adapted("OIALR, dense phase", config, {"mode": mode}, tokens, dtype)[0])
+    settings = {"mode": mode, "rank": rank, "freeze_when": "delay", "delay": 0}
     factored, shapes = _adapted("OIALR, factored", config, settings, tokens, dtype)
     return Estimate(name, mode, [*phases, factored], _shapes(shapes, rank, mode))
 
@@ -149,7 +140,9 @@ def _phase(name: str, model: nn.Module, ranks: Mapping[str, int | None], tokens:
     layers = adapter_layers(model)
     training = inference = 0.0
     for key, layer in layers.items():
-        products = _layer_products(layer.out_features, layer.in_features, ranks[key], tokens, layer.residual["default"])
+        products = _layer_products(
+            layer.out_features, layer.in_features, ranks[key], tokens, layer.is_correction["default"]
+        )
         training, inference = training + products[0], inference + products[1]
     for module in _other_linear_modules(model):
         form = matricization_of(module)
@@ -170,12 +163,12 @@ def _phase(name: str, model: nn.Module, ranks: Mapping[str, int | None], tokens:
     )
 
 
-def _layer_products(m: int, n: int, rank: int | None, tokens: int, residual: bool) -> tuple[float, float]:
-    """Multiply-adds per token, in training and in inference before a residual adapter is merged."""
+def _layer_products(m: int, n: int, rank: int | None, tokens: int, is_correction: bool) -> tuple[float, float]:
+    """Multiply-adds per token, in training and in inference before a correction is merged."""
     if rank is None:
         return 3 * m * n, m * n
     training, inference = route_cost(m, n, rank, tokens) / tokens, float(min((m + n) * rank, m * n))
-    return (training + 2 * m * n, inference + m * n) if residual else (training, inference)
+    return (training + 2 * m * n, inference + m * n) if is_correction else (training, inference)
 
 
 def _other_linear_modules(model: nn.Module) -> list[nn.Module]:
@@ -191,7 +184,7 @@ def _shapes(found: Counter[tuple[int, int]], rank: int | float, mode: Mode) -> l
             n,
             count,
             rank_of(rank, min(m, n)),
-            crossover_rank(m, n, beside_base=mode == "residual"),
+            crossover_rank(m, n, beside_base=mode == "adapter"),
             inference_crossover_rank(m, n),
         )
         for (m, n), count in found.items()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from oialr_peft.report.labels import elided
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 NAME_WIDTH = 56  # characters of a layer's name in a printed table; longer ones lose their middle
 
@@ -112,7 +112,7 @@ def rank_table(model: nn.Module, adapter_name: str = "default") -> RankTable:
         >>> from peft import get_peft_model
         >>> from oialr_peft import OIALRConfig
         >>> base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
-        >>> print(rank_table(get_peft_model(base, OIALRConfig(target_modules=["0", "2"]))))
+        >>> print(rank_table(get_peft_model(base, OIALRConfig(mode="replace", target_modules=["0", "2"]))))
         layer  shape   rank     of  share  phase    trainable  stored  compression
         -----  -----  -----  -----  -----  -----  -----------  ------  -----------
         0        4×6      4      4   100%  dense           24      24        1.00×

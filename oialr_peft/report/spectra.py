@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from oialr_peft.files.checkpoints import adapter_file, layer_of_key, tensors_in
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 Spectra = Mapping[str, Sequence[float]]  # singular values by full module name, largest first
 

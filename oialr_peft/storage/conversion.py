@@ -75,7 +75,7 @@ def _with_adapter(found: Inspection, base: str | None) -> PeftModel:
         settings.num_labels = labels
     model_class = _class_of(settings, name, adapter)
     # an adapter of pretraining holds every weight
-    from_scratch = adapter.pretraining and not _has_weights(name)
+    from_scratch = adapter.resolved().releases_base and not _has_weights(name)
     model = _made(model_class, settings) if from_scratch else _loaded(model_class, name, settings, new_head=new_head)
     return PeftModel.from_pretrained(model, found.location)
 

@@ -5,7 +5,7 @@ function         what is written                needed to load it               
 ================ ============================== =============================== ==========================
 `save_low_rank`  U, Σ, Vᵀ of each layer         transformers and this package   replace mode
 `save_dense`     the merged weights             transformers                    all; base not quantized
-`save_lora`      A = Vᵀ, B = U C of each layer  PEFT and the base model         residual mode
+`save_lora`      A = Vᵀ, B = U C of each layer  PEFT and the base model         adapter mode
 ================ ============================== =============================== ==========================
 
 Nothing is merged into the model at hand, and nothing is written that is not finite.
@@ -43,7 +43,7 @@ from oialr_peft.storage.low_rank import (
 from oialr_peft.tuner.attention import SplitAttention
 from oialr_peft.tuner.config import OIALRConfig
 from oialr_peft.tuner.layer import OIALRLinear
-from oialr_peft.tuner.model import active_adapter
+from oialr_peft.tuner.lookup import active_adapter
 
 
 def save_low_rank(
@@ -77,7 +77,7 @@ def save_low_rank(
 
     Raises:
         ValueError: the model is no transformers model, has no such adapter, has other adapters in it, a value is not
-            finite, or a layer cannot be stored by its factors alone: in residual mode, or merged.
+            finite, or a layer cannot be stored by its factors alone: of a correction, or merged.
         OSError: the files could not be written; what was in the directory before is unchanged.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses the upload.
 
@@ -86,7 +86,7 @@ def save_low_rank(
         >>> from transformers import AutoModelForSequenceClassification, BertConfig
         >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         >>> base = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
-        >>> config = OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=0, init_rank=8)
+        >>> config = OIALRConfig(task_type="SEQ_CLS", mode="replace", freeze_when="delay", delay=0, rank=8)
         >>> model = get_peft_model(base, config)
         >>> save_low_rank(model, "low-rank")
         >>> loaded = AutoModelForSequenceClassification.from_pretrained("low-rank")
@@ -165,7 +165,7 @@ def save_dense(
         >>> from transformers import AutoModelForSequenceClassification, BertConfig
         >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         >>> base = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
-        >>> config = OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=0, init_rank=8)
+        >>> config = OIALRConfig(task_type="SEQ_CLS", mode="replace", freeze_when="delay", delay=0, rank=8)
         >>> model = get_peft_model(base, config)
         >>> save_dense(model, "dense").difference < 1e-5
         True
@@ -200,7 +200,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     Examples:
         >>> from peft import get_peft_model
         >>> base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
-        >>> model = get_peft_model(base, OIALRConfig(target_modules=["0"], freeze_when="delay", delay=0, init_rank=3))
+        >>> model = get_peft_model(base, OIALRConfig(target_modules=["0"], mode="replace", freeze_when="delay", delay=0, rank=3))
         >>> to_dense(model)
         Sequential(
           (0): Linear(in_features=6, out_features=4, bias=True)
@@ -219,24 +219,24 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 def save_lora(model: nn.Module, directory: str | os.PathLike[str], *, adapter_name: str | None = None) -> None:
-    """Write a residual adapter as a LoRA adapter that PEFT loads without this package: ``A = Vᵀ``, ``B = U C``.
+    """Write an adapter that is a correction as a LoRA adapter that PEFT loads without this package: ``A = Vᵀ``, ``B = U C``.
 
     No decomposition is needed, each layer keeps its own rank, and the two compute the same up to rounding.
 
     Args:
-        model: a `PeftModel` with an OIALR adapter in residual mode.
+        model: a `PeftModel` with an OIALR adapter of adapter mode.
         directory: where to write `adapter_config.json` and `adapter_model.safetensors`.
         adapter_name: which adapter; `None` means the active one.
 
     Raises:
-        ValueError: the adapter is not residual, a value is not finite, or a layer is of a kind that LoRA has not: a
+        ValueError: the adapter is no correction, a value is not finite, or a layer is of a kind that LoRA has not: a
             projection of `nn.MultiheadAttention`, or a convolution with dilation or a padding mode.
         OSError: the files could not be written; what was in the directory before is unchanged.
 
     Examples:
         >>> from peft import get_peft_model
         >>> base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
-        >>> model = get_peft_model(copy.deepcopy(base), OIALRConfig(target_modules=["0"], residual=True, init_rank=3))
+        >>> model = get_peft_model(copy.deepcopy(base), OIALRConfig(target_modules=["0"], rank=3))
         >>> save_lora(model, "lora")
         >>> lora = PeftModel.from_pretrained(base, "lora")
         >>> type(lora.peft_config["default"]).__name__, lora.base_model.model[0].r["default"]
@@ -249,9 +249,9 @@ def save_lora(model: nn.Module, directory: str | os.PathLike[str], *, adapter_na
     name = adapter_name or model.active_adapter
     layers = {each.name: each for each in _layers_of(model, name).values()}
     config = cast(OIALRConfig, model.peft_config[name])
-    if not config.residual:
+    if not config.resolved().is_correction:
         raise ValueError(
-            "Only residual adapters are low-rank corrections of the base weights, as LoRA is, but this one replaces "
+            'Only adapters with `mode="adapter"` are low-rank corrections of the base weights, as LoRA is, but this one replaces '
             "them. Use `save_low_rank` or `save_dense`; `peft.save_as_lora` approximates the difference."
         )
     for key, layer in layers.items():
@@ -367,10 +367,10 @@ def _state_of(base: PreTrainedModel, adapter_name: str | None, *, dense: bool) -
 
 def _of_layer(key: str, layer: OIALRLinear, name: str, *, dense: bool) -> dict[str, Tensor]:
     nested = isinstance(layer.base_layer, BaseTunerLayer)
-    if layer.merged or nested or (layer.residual[name] and not dense):
+    if layer.merged or nested or (layer.is_correction[name] and not dense):
         raise ValueError(
-            f"`{key}` is more than its factors: its adapter is residual, merged, or on top of another one. Use "
-            "`save_dense` for a residual adapter, and unmerge a merged one."
+            f"`{key}` is more than its factors: its adapter is a correction, merged, or on top of another one. Use "
+            "`save_dense` for a correction, and unmerge a merged one."
         )
     bias = layer.get_base_layer().bias
     stored = {} if bias is None else {f"{key}.bias": cast(Tensor, bias).detach()}

@@ -18,7 +18,8 @@ from oialr_peft.files import card
 from oialr_peft.files.checkpoints import WEIGHT_FILES
 from oialr_peft.files.writing import UNFINISHED
 from oialr_peft.tuner.config import OIALRConfig
-from oialr_peft.tuner.model import active_adapter, saved_model
+from oialr_peft.tuner.lookup import active_adapter
+from oialr_peft.tuner.saved import saved_model, settings_for_card
 
 
 def prepared_repository(
@@ -65,7 +66,7 @@ def write_low_rank_card(
     loading = card.low_rank_loading(saved, location=repo_id or title)
     card.write_section(
         directory,
-        card.section("Low-rank weights (OIALR)", card.METHOD, loading, saved.layers, config.shown_settings()),
+        card.section("Low-rank weights (OIALR)", card.METHOD, loading, saved.layers, config.resolved().shown()),
         key="low-rank weights",
         library="transformers",
         tags=card.LOW_RANK_TAGS,
@@ -112,7 +113,9 @@ def keep_cards_in_pushes() -> None:
     def upload_with_card(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         for name, config in self.peft_config.items():
             if isinstance(config, OIALRConfig):
-                card.write_adapter_card(working_dir, config.card_settings(), saved_model(self, name), repo_id=repo_id)
+                card.write_adapter_card(
+                    working_dir, settings_for_card(config), saved_model(self, name), repo_id=repo_id
+                )
         return original(self, working_dir, repo_id, *args, **kwargs)
 
     PeftModel._upload_modified_files = upload_with_card  # type: ignore[assignment, method-assign]

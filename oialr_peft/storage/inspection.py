@@ -26,7 +26,7 @@ from oialr_peft.files.checkpoints import (
 )
 from oialr_peft.storage.low_rank import METHOD, LowRankConfig
 from oialr_peft.storage.record import RECORD_NAME, RunRecord, checkpoint_step, read_record
-from oialr_peft.tuner.config import CARD_SETTINGS, OIALRConfig
+from oialr_peft.tuner.config import OIALRConfig
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -130,14 +130,15 @@ def _adapter(place: _Place, config: Mapping[str, Any], record: RunRecord | None)
             f"`{place.location}` is an adapter of type {config.get('peft_type')!r}, not OIALR. Inspect one that was "
             "trained with OIALRConfig."
         )
-    OIALRConfig.from_pretrained(place.location)  # refuses what no release wrote, and later formats
+    # refuses what no release wrote, and later formats
+    settings = OIALRConfig.from_pretrained(place.location).resolved()
     tensors = place.headers(SAFETENSORS_WEIGHTS_NAME)
     return Inspection(
         "adapter",
         place.location,
         config.get("format_version"),
         config.get("base_model_name_or_path") or None,
-        {name: config[name] for name in CARD_SETTINGS if name in config},
+        settings.shown(),
         _layers(by_layer(tensors, layer_of_key)),
         tensors,
         record,

@@ -9,17 +9,30 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from oialr_peft.engine.state import is_update, update_of
 from oialr_peft.engine.update import OIALRUpdate
 from oialr_peft.files.card import SavedLayer
 from oialr_peft.files.checkpoints import read_json
-from oialr_peft.files.values import is_count, is_index, is_number
+from oialr_peft.files.fields import (
+    Fields,
+    has_fields,
+    is_amount,
+    is_finite,
+    is_list_of,
+    is_object_of,
+    is_plain,
+    is_size,
+    is_text,
+    require_fields,
+)
+from oialr_peft.files.values import is_number
 from oialr_peft.files.writing import replacing
 
 RECORD_NAME = "oialr_history.json"
@@ -28,8 +41,6 @@ FORMAT_VERSION = 1  # raised when older releases could no longer read new files
 LogEntry = Mapping[str, float | None]  # by name; `None` was not finite
 
 _TIMINGS = ("_runtime", "_per_second", "_time")  # endings of what an evaluation reports of itself, not of the model
-_REMEDY = "Get the file again, or write a new one by training with OIALRTrainer."
-_LARGEST = 2**63  # far above every count, far below what a float holds
 
 
 @dataclass(frozen=True)
@@ -167,128 +178,38 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
     require_fields(data, _FIELDS, path)
     fields: dict[str, Any] = {name: data.get(name) for name in RunRecord.__dataclass_fields__}
     fields["layers"] = tuple(SavedLayer(**layer) for layer in fields["layers"])
-    fields["history"] = tuple(_update_of(update) for update in fields["history"])
+    fields["history"] = tuple(update_of(update) for update in fields["history"])
     return RunRecord(**fields)
-
-
-def require_fields(
-    data: Mapping[str, Any],
-    fields: Mapping[str, tuple[Callable[[Any], bool], str]],
-    path: str | os.PathLike[str],
-) -> None:
-    """Raise a `ValueError` that names field and file unless each field is what it must be.
-
-    Args:
-        data: from the file.
-        fields: by name, whether a value will do, and what it must be in words.
-        path: of the file.
-    """
-    for name, (matches, expected) in fields.items():
-        if not matches(data.get(name)):
-            raise ValueError(f"`{name}` in `{path}` must be {expected}, but is {_shown(data.get(name))}. {_REMEDY}")
-
-
-def _update_of(stored: Mapping[str, Any]) -> OIALRUpdate:
-    ranks = {name: (before, after) for name, (before, after) in stored["ranks"].items()}
-    return OIALRUpdate(**{**stored, "ranks": ranks})
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 # ---- what the fields of a file must be ---------------------------------------------------------------------------------
 
 
-def _is_finite(value: Any) -> bool:
-    return is_number(value) and abs(value) < _LARGEST
-
-
-def _is_amount(value: Any) -> bool:
-    return is_index(value) and value < _LARGEST
-
-
-def _is_size(value: Any) -> bool:
-    return is_count(value) and value < _LARGEST
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_object(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(of, value.values()))
-
-
-def _is_list(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(of, value))
-
-
-def _has(fields: Mapping[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, dict)
-        and value.keys() == fields.keys()
-        and all(matches(value[name]) for name, matches in fields.items())
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    """What can be written as JSON again."""
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return not is_number(value) or _is_finite(value)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_amount, value))
-
-
 def _is_log_entry(value: Any) -> bool:
-    return _is_object(lambda number: number is None or _is_finite(number))(value) and _is_amount(value.get("step"))
+    return is_object_of(lambda number: number is None or is_finite(number))(value) and is_amount(value.get("step"))
 
 
-_is_layer = _has(
+_is_layer = has_fields(
     {
-        "name": _is_text,
-        "out_features": _is_size,
-        "in_features": _is_size,
-        "rank": lambda rank: rank is None or _is_size(rank),
+        "name": is_text,
+        "out_features": is_size,
+        "in_features": is_size,
+        "rank": lambda rank: rank is None or is_size(rank),
     }
 )
-_is_update = _has(
-    {
-        "step": _is_amount,
-        "stability": _is_object(_is_finite),
-        "frozen": _is_list(_is_text),
-        "ranks": _is_object(_is_pair),
-        "trainable": _is_amount,
-        "total": _is_size,
-        "seconds": _is_finite,
-    }
-)
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "format_version": (_is_amount, "an int"),
-    "steps": (_is_amount, "an int ≥ 0"),
-    "total_steps": (_is_amount, "an int ≥ 0"),
-    "adapter_name": (_is_text, "a string"),
-    "model": (lambda value: value is None or _is_text(value), "a string or null"),
-    "settings": (_is_object(_is_plain), "an object of finite numbers, strings and the like"),
-    "arguments": (_is_object(_is_plain), "an object of finite numbers, strings and the like"),
+_FIELDS: Fields = {
+    "format_version": (is_amount, "an int"),
+    "steps": (is_amount, "an int ≥ 0"),
+    "total_steps": (is_amount, "an int ≥ 0"),
+    "adapter_name": (is_text, "a string"),
+    "model": (lambda value: value is None or is_text(value), "a string or null"),
+    "settings": (is_object_of(is_plain), "an object of finite numbers, strings and the like"),
+    "arguments": (is_object_of(is_plain), "an object of finite numbers, strings and the like"),
     "layers": (
-        lambda value: _is_list(_is_layer)(value) and len(value) > 0,
+        lambda value: is_list_of(_is_layer)(value) and len(value) > 0,
         "a list of layers with name, out_features, in_features and rank",
     ),
-    "history": (_is_list(_is_update), "a list of checks with the fields of OIALRUpdate"),
-    "log": (_is_list(_is_log_entry), "a list of objects that hold numbers and a step"),
-    "versions": (_is_object(_is_text), "an object of strings"),
-}
-# of the state of `OIALRController`, without its tensors
-STATE_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "format_version": (lambda value: value is None or _is_amount(value), "an int ≥ 1"),
-    "steps": (_is_amount, "an int ≥ 0"),
-    "sigma_updates": (_is_amount, "an int ≥ 0"),
-    "history": (_is_list(_is_update), "a list of checks with the fields of OIALRUpdate"),
+    "history": (is_list_of(is_update), "a list of checks with the fields of OIALRUpdate"),
+    "log": (is_list_of(_is_log_entry), "a list of objects that hold numbers and a step"),
+    "versions": (is_object_of(is_text), "an object of strings"),
 }

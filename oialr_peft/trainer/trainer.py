@@ -19,30 +19,25 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from oialr_peft.engine.controller import OIALRController
+from oialr_peft.engine.state import STATE_NAME, RunState, read_state
 from oialr_peft.files.card import Run, write_adapter_card
-from oialr_peft.files.checkpoints import check_adapter_directory, tensors_in
-from oialr_peft.files.writing import replacing
+from oialr_peft.files.checkpoints import check_adapter_directory
 from oialr_peft.storage.record import (
-    STATE_FIELDS,
     RunRecord,
     checkpoint_step,
     finite_numbers,
     is_model_metric,
-    require_fields,
     write_record,
 )
 from oialr_peft.tuner.config import OIALRConfig
 from oialr_peft.tuner.layer import OIALRLinear
-from oialr_peft.tuner.model import active_adapter, adapter_layers, config_of, outside_layers, saved_model
-
-STATE_NAME = "oialr_state.safetensors"
+from oialr_peft.tuner.lookup import active_adapter, adapter_layers, config_of
+from oialr_peft.tuner.saved import outside_layers, saved_model, settings_for_card
 
 # what a record says of the training: no paths, and nothing secret
 RECORDED_ARGUMENTS = (
@@ -86,7 +81,8 @@ class OIALRCallback(TrainerCallback):
         >>> from transformers import AutoModelForSequenceClassification, BertConfig
         >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         >>> model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
-        >>> model = get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=4, update_every=2))
+        >>> rules = {"freeze_when": "delay", "delay": 4, "update_every": 2}
+        >>> model = get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", mode="replace", **rules))
         >>> data = [{"input_ids": [number, 7, 9], "labels": number % 2} for number in range(64)]
         >>> args = TrainingArguments("run", max_steps=8, save_strategy="no", report_to="none", dataloader_pin_memory=False)
         >>> callback = OIALRCallback()
@@ -166,13 +162,9 @@ class OIALRCallback(TrainerCallback):
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the controller's state to `directory`: tensors as safetensors, everything else as JSON in its header."""
+        """Write the controller's state to `directory`."""
         assert self.controller is not None
-        state = self.controller.state_dict()
-        tensors = state.pop("bases")
-        tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-        with replacing(Path(directory, STATE_NAME)) as unfinished:
-            save_file(tensors, unfinished, metadata={"oialr": json.dumps(state)})
+        RunState.from_dict(self.controller.state_dict()).write(Path(directory, STATE_NAME))
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Continue from the state in `directory`.
@@ -254,7 +246,8 @@ class OIALRTrainerMixin(_MixinBase):
         >>> from transformers import AutoModelForSequenceClassification, BertConfig
         >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         >>> model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
-        >>> model = get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=4, update_every=2))
+        >>> rules = {"freeze_when": "delay", "delay": 4, "update_every": 2}
+        >>> model = get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", mode="replace", **rules))
         >>> data = [{"input_ids": [number, 7, 9], "labels": number % 2} for number in range(64)]
         >>> args = TrainingArguments("run", max_steps=8, save_strategy="no", report_to="none", dataloader_pin_memory=False)
         >>> trainer = SmoothedTrainer(model, args, train_dataset=data)
@@ -360,7 +353,7 @@ class OIALRTrainerMixin(_MixinBase):
             directory.mkdir(parents=True, exist_ok=True)
             saved = saved_model(model, model.active_adapter)
             write_adapter_card(
-                directory, config.card_settings(), saved, repo_id=self.hub_model_id, run=self._oialr_run()
+                directory, settings_for_card(config), saved, repo_id=self.hub_model_id, run=self._oialr_run()
             )
 
     def _oialr_run(self) -> Run | None:
@@ -393,7 +386,8 @@ class OIALRTrainer(OIALRTrainerMixin, Trainer):
         >>> from transformers import AutoModelForSequenceClassification, BertConfig
         >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         >>> model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
-        >>> model = get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=4, update_every=2))
+        >>> rules = {"freeze_when": "delay", "delay": 4, "update_every": 2}
+        >>> model = get_peft_model(model, OIALRConfig(task_type="SEQ_CLS", mode="replace", **rules))
         >>> data = [{"input_ids": [number, 7, 9], "labels": number % 2} for number in range(64)]
         >>> args = TrainingArguments("run", max_steps=8, save_strategy="no", report_to="none", dataloader_pin_memory=False)
         >>> trainer = OIALRTrainer(model, args, train_dataset=data)
@@ -418,27 +412,6 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def read_state(file: Path) -> dict[str, Any]:
-    """The controller's state in a file that `OIALRCallback.save` wrote.
-
-    Raises:
-        ValueError: it is damaged, or of another kind; the message names the file.
-    """
-    tensors_in(file)
-    with safe_open(file, framework="pt") as stored:
-        header = (stored.metadata() or {}).get("oialr", "")
-        # copies: a tensor of the file itself would change with it, and keep it on disk after it is deleted
-        tensors = {key: stored.get_tensor(key).clone() for key in stored.keys()}  # noqa: SIM118  (it is no dictionary)
-    try:
-        state = dict(json.loads(header))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"`{file}` holds no state of a schedule: {error}. Resume from another checkpoint, or get this one again."
-        ) from error
-    require_fields(state, STATE_FIELDS, file)
-    return {**state, "bases": tensors}
-
-
 def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -455,7 +428,7 @@ def _record_of(controller: OIALRController, args: TrainingArguments, state: Trai
         total_steps=controller.schedule.total_steps,
         adapter_name=controller.adapter_name,
         model=saved.base_class,
-        settings=controller.config.shown_settings(),
+        settings=controller.settings.shown(),
         arguments={name: value.value if isinstance(value, Enum) else value for name, value in arguments.items()},
         layers=saved.layers,
         history=controller.history,

@@ -38,13 +38,13 @@ NOISE = 0.5  # of the weight's own scale, for `init_weights=False`
 FACTOR_NAMES = r".*oialr_(u|sigma|vh)\b.*"  # a regular expression for what torch.compile calls our factors
 
 
-def supported_module(module: nn.Module, name: str, *, residual: bool = True) -> LinearModule:
+def supported_module(module: nn.Module, name: str, *, keeps_base: bool = True) -> LinearModule:
     """The linear module inside `module`, which may already carry adapters.
 
     Args:
         module: a target.
         name: its full name, for the error message.
-        residual: whether the adapter keeps the base weight, which may then be quantized.
+        keeps_base: whether the adapter keeps the base weight, which may then be quantized.
 
     Raises:
         ValueError: it is of another kind, has groups, or its weight is not floating-point.
@@ -65,10 +65,10 @@ def supported_module(module: nn.Module, name: str, *, residual: bool = True) -> 
         )
     released = isinstance(module, OIALRLinear) and module.base_released
     if is_quantized(inner):
-        if not residual:
+        if not keeps_base:
             raise ValueError(
                 f"The base weight of `{name}` is quantized, so only a correction beside it can be trained. Set "
-                "`residual=True`, or load the model without quantization."
+                '`mode="adapter"`, or load the model without quantization.'
             )
     elif not released and not (inner.weight.dtype in DTYPES and inner.weight.shape == form.weight_shape):
         raise ValueError(
@@ -87,9 +87,10 @@ def supported_module(module: nn.Module, name: str, *, residual: bool = True) -> 
 def initial_rank(config: OIALRConfig, name: str, shape: Sequence[int]) -> int | None:
     """The rank with which a layer of this name and (m, n) shape starts; `None` when it starts dense."""
     pattern = config.rank_pattern or {}
-    if name not in pattern and (config.is_from_checkpoint or not config.starts_factored):
+    settings = config.resolved()
+    if name not in pattern and (config.is_from_checkpoint or not settings.starts_factored):
         return None
-    return rank_of(pattern.get(name, rank_of(config.init_rank, min(shape))), min(shape))
+    return rank_of(pattern.get(name, rank_of(settings.rank, min(shape))), min(shape))
 
 
 class OIALRLinear(nn.Module, BaseTunerLayer):
@@ -97,7 +98,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     With the base weight W₀ and bias b of `base_layer`, and the weights W_a of the active adapters::
 
-        y = x (W₀ + Σ_a ΔW_a)ᵀ + b,    ΔW_a = W_a − W₀ (replace)  or  U C Vᵀ (residual)
+        y = x (W₀ + Σ_a ΔW_a)ᵀ + b,    ΔW_a = W_a − W₀ (replace)  or  U C Vᵀ (adapter)
 
     so that one active adapter in replace mode gives ``y = x W_aᵀ + b`` and does not touch W₀. For a convolution, W is
     its weight read as a matrix, and x the patches of its input; see `matricization`.
@@ -111,7 +112,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         form: how the stored weight is read as that matrix.
         oialr_weight: (m, n) dense weights by adapter.
         oialr_u, oialr_sigma, oialr_vh: (m, r), (r, r), (r, n) factors by adapter.
-        residual: by adapter, whether its weight is added to the base weight instead of replacing it.
+        is_correction: by adapter, whether its weight is added to the base weight instead of replacing it.
         full_rank: by adapter, the rank that the layer has just after it is factored.
         controlled: adapters whose phase and rank an `OIALRController` looks after.
 
@@ -120,7 +121,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("oialr_weight", "oialr_sigma")
-    other_param_names = ("oialr_u", "oialr_vh", "residual", "full_rank", "ranks", "controlled")
+    other_param_names = ("oialr_u", "oialr_vh", "is_correction", "full_rank", "ranks", "controlled")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -135,7 +136,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         self.oialr_u = nn.ParameterDict()
         self.oialr_sigma = nn.ParameterDict()
         self.oialr_vh = nn.ParameterDict()
-        self.residual: dict[str, bool] = {}
+        self.is_correction: dict[str, bool] = {}
         self.full_rank: dict[str, int] = {}
         self.ranks: dict[str, int] = {}
         self.controlled: dict[str, bool] = {}
@@ -161,12 +162,13 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         """
         if self.base_released:
             raise ValueError(
-                f"The base weight of `{self.name}` was released by `pretraining=True`, so no second adapter fits. "
-                "Load the base model again, or use `pretraining=False`."
+                f'The base weight of `{self.name}` was released by `mode="pretraining"`, so no second adapter fits. '
+                'Load the base model again, or use `mode="replace"`.'
             )
         weight = self.base_matrix()
-        self.residual[adapter_name] = config.residual
-        self.full_rank[adapter_name] = rank_of(config.init_rank, min(weight.shape))
+        settings = config.resolved()
+        self.is_correction[adapter_name] = settings.is_correction
+        self.full_rank[adapter_name] = rank_of(settings.rank, min(weight.shape))
         rank = initial_rank(config, self.name, weight.shape)
         if rank is None:
             self._add_dense(adapter_name, weight, config)
@@ -177,7 +179,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             # not, `OIALRModel` casts them down
             given = factors or factorize(weight.to(compute_dtype(weight)), rank=rank, name=self.name)
             self._add_factored(adapter_name, given, config)
-        if config.pretraining:
+        if settings.releases_base:
             self.release_base()
 
     def _add_dense(self, adapter_name: str, weight: Tensor, config: OIALRConfig) -> None:
@@ -186,13 +188,14 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
             self.oialr_weight[adapter_name] = nn.Parameter(torch.full_like(weight, torch.nan).contiguous())
             return
         # pretraining takes over the storage of the base weight instead of copying it
-        dense = weight.contiguous() if config.pretraining else weight.clone(memory_format=torch.contiguous_format)
+        releases = config.resolved().releases_base
+        dense = weight.contiguous() if releases else weight.clone(memory_format=torch.contiguous_format)
         if not config.init_weights:
             dense = dense + _noise_like(dense)
         self.oialr_weight[adapter_name] = nn.Parameter(dense)
 
     def _add_factored(self, adapter_name: str, factors: Factors, config: OIALRConfig) -> None:
-        if config.residual:  # a correction that begins at nothing
+        if self.is_correction[adapter_name]:  # it begins at nothing
             factors = factors._replace(sigma=torch.zeros_like(factors.sigma))
         if not config.init_weights:
             factors = factors._replace(sigma=factors.sigma + _noise_of_core(factors))
@@ -387,9 +390,9 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         active = [name for name in adapter_names if self.has_adapter(name)]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        replacing = sum(not self.residual[name] for name in active)
+        replacing = sum(not self.is_correction[name] for name in active)
         if replacing == 1:
-            first = next(name for name in active if not self.residual[name])
+            first = next(name for name in active if not self.is_correction[name])
             result = self._adapter_output(x, first, cast("Tensor | None", self.get_base_layer().bias))
             rest = [name for name in active if name != first]
         else:
@@ -514,7 +517,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
     # ---- merging -----------------------------------------------------------------------------------------------------
 
     def adapter_weight(self, adapter_name: str) -> Tensor:
-        """The (m, n) matrix of one adapter: its weight (replace) or its correction of the base weight (residual)."""
+        """The (m, n) matrix of one adapter: its weight, or its correction of the base weight."""
         if self.is_dense(adapter_name):
             return self.oialr_weight[adapter_name].detach()
         return self.factors(adapter_name).weight()
@@ -523,12 +526,12 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         """ΔW_a, what merging adds to the base weight, in the base weight's layout and dtype."""
         if self.base_released:
             raise RuntimeError(
-                f"`{self.name}` has no base weight to compare with: `pretraining=True` released it. Use "
+                f'`{self.name}` has no base weight to compare with: `mode="pretraining"` released it. Use '
                 "`merge_and_unload`, which writes the adapter's own weight."
             )
         dtype = self.base_dtype
         delta = self.adapter_weight(adapter_name)
-        if not self.residual[adapter_name]:
+        if not self.is_correction[adapter_name]:
             base = self.base_matrix()
             delta = delta.to(compute_dtype(base)) - base.to(compute_dtype(base))
         return self.form.stored(delta).to(dtype)
@@ -594,11 +597,13 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
 
     def _merged_matrix(self, adapter_names: list[str]) -> Tensor:
         weights = [self.adapter_weight(name) for name in adapter_names]
-        replacing = sum(not self.residual[name] for name in adapter_names)
+        replacing = sum(not self.is_correction[name] for name in adapter_names)
         if replacing == 1 and len(weights) == 1:
             return weights[0]
         if self.base_released:
-            raise RuntimeError(f"`{self.name}` has no base weight; `pretraining=True` released it. Merge one adapter.")
+            raise RuntimeError(
+                f'`{self.name}` has no base weight; `mode="pretraining"` released it. Merge one adapter.'
+            )
         base = self.base_matrix()
         total = (1 - replacing) * base.to(compute_dtype(base))
         for weight in weights:
@@ -636,7 +641,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         """Switch all adapters on or off; switching off a merged layer unmerges it first."""
         if not enabled and self.base_released:
             raise RuntimeError(
-                "Adapters trained with `pretraining=True` cannot be disabled: the base weights were released. To "
+                'Adapters trained with `mode="pretraining"` cannot be disabled: the base weights were released. To '
                 "compare with the model before training, keep a copy of it."
             )
         if not enabled and self.merged:
@@ -647,7 +652,7 @@ class OIALRLinear(nn.Module, BaseTunerLayer):
         """Remove an adapter; see `BaseTunerLayer.delete_adapter`. transformers calls this without asking the tuner."""
         if self.base_released and self.has_adapter(adapter_name):
             raise RuntimeError(
-                f"The adapter `{adapter_name}` of `{self.name}` cannot be deleted: `pretraining=True` released the base "
+                f'The adapter `{adapter_name}` of `{self.name}` cannot be deleted: `mode="pretraining"` released the base '
                 "weight, so its own is the only one. `PeftModel.merge_and_unload` makes a model without adapters."
             )
         super().delete_adapter(adapter_name)

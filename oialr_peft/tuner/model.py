@@ -5,90 +5,46 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,
-    check_target_module_exists,
 )
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from oialr_peft.files.card import SavedLayer, SavedModel
-from oialr_peft.files.checkpoints import Elsewhere, adapter_file, check_adapter_file, without_wrappers
+from oialr_peft.files.checkpoints import adapter_file, check_adapter_file
 from oialr_peft.linalg.factors import Factors, factorize_all
 from oialr_peft.parallel.progress import decomposition_bar
 from oialr_peft.tuner.attention import ATTENTION, SplitAttention, avoid_fast_path, projections_of
 from oialr_peft.tuner.config import OIALRConfig
 from oialr_peft.tuner.layer import OIALRLinear, initial_rank, parameters_become_meta, supported_module
+from oialr_peft.tuner.lookup import adapter_layers
 from oialr_peft.tuner.matricization import Matricization, matricization_of
 from oialr_peft.tuner.quantization import is_quantized
 from oialr_peft.tuner.registration import PREFIX
-
-STEPS_UNTIL_WARNING = 100  # without a controller, when `update_every` is a fraction of an unknown number of steps
-
-
-def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, OIALRLinear]:
-    """The layers that have this adapter, by full module name in the base model, in module order."""
-    return {
-        module.name: module
-        for module in model.modules()
-        if isinstance(module, OIALRLinear) and module.has_adapter(adapter_name)
-    }
-
-
-def config_of(model: nn.Module, adapter_name: str) -> OIALRConfig:
-    """The configuration of an adapter of the model.
-
-    Raises:
-        ValueError: the model has no OIALR adapter of this name.
-    """
-    for module in model.modules():
-        config = module.__dict__.get("peft_config", {}).get(adapter_name)
-        if isinstance(config, OIALRConfig):
-            return config
-    raise ValueError(
-        f"The model has no OIALR adapter called `{adapter_name}`. Make it with get_peft_model(model, OIALRConfig()) "
-        "first, or pass its `adapter_name`."
-    )
-
-
-def active_adapter(model: nn.Module) -> str | None:
-    """The adapter that is active in the first layer with one; `None` without any."""
-    layers = (module for module in model.modules() if isinstance(module, OIALRLinear))
-    return next((layer.active_adapters[0] for layer in layers if layer.active_adapters), None)
-
-
-def saved_model(model: nn.Module, adapter_name: str = "default") -> SavedModel:
-    """What a model card says of the model and its adapter."""
-    layers = tuple(
-        SavedLayer(
-            name,
-            layer.out_features,
-            layer.in_features,
-            None if layer.is_dense(adapter_name) else layer.rank(adapter_name),
-        )
-        for name, layer in adapter_layers(model, adapter_name).items()
-    )
-    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if base is None or not type(base).__module__.startswith("transformers."):
-        return SavedModel(layers, adapter_name)
-    class_name = type(base).__name__
-    num_labels = base.config.num_labels if "Classification" in class_name else None
-    return SavedModel(layers, adapter_name, class_name, num_labels)
+from oialr_peft.tuner.saved import fit_to_assign, outside_layers, padded, saving_of
+from oialr_peft.tuner.targets import (
+    ends_of,
+    exactly,
+    linear_modules_outside_the_head,
+    prefixes_inside,
+    require_own_weight,
+    require_own_weights_to_save,
+    shared_weights,
+    warn_about_unknown_ranks,
+    warn_about_untrained_head,
+)
+from oialr_peft.tuner.watch import MissingControllerWatch
 
 
 class OIALRModel(BaseTuner):
@@ -103,7 +59,7 @@ class OIALRModel(BaseTuner):
     Examples:
         >>> from peft import get_peft_model
         >>> base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
-        >>> config = OIALRConfig(target_modules=["0"], freeze_when="delay", delay=0, init_rank=3)
+        >>> config = OIALRConfig(target_modules=["0"], rank=3)
         >>> model = get_peft_model(base, config)
         >>> type(model.base_model).__name__
         'OIALRModel'
@@ -122,15 +78,15 @@ class OIALRModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter into the model; see `BaseTuner.inject_adapter`."""
         with warnings.catch_warnings(), self._decomposing():
-            # PEFT does not know the projections of an attention module; `_warn_about_unknown_ranks` does
+            # PEFT does not know the projections of an attention module; `warn_about_unknown_ranks` does
             warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        _warn_about_unknown_ranks(model, adapter_name, config)
-        if config.pretraining and config.inference_mode:
+        warn_about_unknown_ranks(model, adapter_name, config)
+        if config.resolved().releases_base and config.inference_mode:
             model.requires_grad_(False)
         if not config.inference_mode:
-            _MissingControllerWatch.attach(model, adapter_name, config)
+            MissingControllerWatch.attach(model, adapter_name, config)
 
     @contextmanager
     def _decomposing(self) -> Iterator[None]:
@@ -143,9 +99,9 @@ class OIALRModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: OIALRConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
-        if len(self.peft_config) > 1 and any(other.pretraining for other in self.peft_config.values()):
+        if len(self.peft_config) > 1 and any(other.resolved().releases_base for other in self.peft_config.values()):
             raise ValueError(
-                "`pretraining=True` releases the base weights, so such a model has exactly one adapter, but "
+                '`mode="pretraining"` releases the base weights, so such a model has exactly one adapter, but '
                 f"{sorted(self.peft_config)} were asked for. Load the base model again for a second one."
             )
 
@@ -159,28 +115,29 @@ class OIALRModel(BaseTuner):
         # PEFT compares a module with each target, of which there may be thousands; only these can be it
         if isinstance(config.target_modules, set):
             config = copy.copy(config)
-            config.target_modules = cast(Any, config.target_modules & {key, *_ends_of(key)})
+            config.target_modules = cast(Any, config.target_modules & {key, *ends_of(key)})
         return BaseTuner._check_target_module_exists(config, key)
 
     def _prepare_model(self, peft_config: OIALRConfig, model: nn.Module) -> None:  # type: ignore[override]
+        settings = peft_config.resolved()
         target = peft_config.target_modules
         if isinstance(target, str) and target.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            peft_config.target_modules = _exactly(_linear_modules_outside_the_head(model), model)  # type: ignore[assignment]
-            if not peft_config.inference_mode and not peft_config.pretraining:
-                _warn_about_untrained_head(model, peft_config)
+            peft_config.target_modules = exactly(linear_modules_outside_the_head(model), model)  # type: ignore[assignment]
+            if not peft_config.inference_mode and not settings.releases_base:
+                warn_about_untrained_head(model, peft_config)
         # before anything is replaced, so that a refused target leaves the model as it was
-        shared = _shared_weights(model)
-        if peft_config.pretraining:
-            _require_own_weights_to_save(model, peft_config, shared)
-        inside = _prefixes_inside(model, BaseTunerLayer, *ATTENTION)
+        shared = shared_weights(model)
+        if settings.releases_base:
+            require_own_weights_to_save(model, peft_config, shared)
+        inside = prefixes_inside(model, BaseTunerLayer, *ATTENTION)
         self._factors: dict[str, Factors] = {}
         weights: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
                 for full_name, projection in projections_of(module, name):
-                    inner = supported_module(projection, full_name, residual=peft_config.residual)
-                    _require_own_weight(inner.weight, full_name, shared)
+                    inner = supported_module(projection, full_name, keeps_base=settings.is_correction)
+                    require_own_weight(inner.weight, full_name, shared)
                     form = cast(Matricization, matricization_of(inner))
                     shapes[full_name] = form.m, form.n
                     if not is_quantized(inner) and inner.weight.numel():
@@ -275,7 +232,7 @@ class OIALRModel(BaseTuner):
             setattr(parent, child_name, new_module)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        if not any(self.peft_config[name].pretraining for name in self.active_adapters):
+        if not any(self.peft_config[name].resolved().releases_base for name in self.active_adapters):
             super()._mark_only_adapters_as_trainable(model)
             return
         # what the user froze (sinusoidal positions, for instance) stays frozen; the originals of wrapped modules would
@@ -293,7 +250,7 @@ class OIALRModel(BaseTuner):
             layer.cast_adapter(adapter_name, exact if autocast_adapter_dtype else layer.base_dtype)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if layers and layers[0].trained_parameter(adapter_name) is not watched[0]:
-            _MissingControllerWatch.attach(self.model, adapter_name, self.peft_config[adapter_name])
+            MissingControllerWatch.attach(self.model, adapter_name, self.peft_config[adapter_name])
 
     # ---- what is refused ---------------------------------------------------------------------------------------------
 
@@ -307,7 +264,7 @@ class OIALRModel(BaseTuner):
             "OIALR has no weighted sum of adapters: each has bases of its own, and their sum is neither in one pair of "
             "bases nor of one of their ranks. `model.base_model.set_adapter([...])` adds the changes of several "
             "adapters, `merge_and_unload(adapter_names=[...])` writes that sum into the base model; for other weights, "
-            "turn residual adapters into LoRA adapters with `save_lora`, and combine those."
+            "turn adapters that are corrections into LoRA adapters with `save_lora`, and combine those."
         )
 
     # ---- what cannot work without base weights -----------------------------------------------------------------------
@@ -324,9 +281,9 @@ class OIALRModel(BaseTuner):
         super().delete_adapter(adapter_name)
 
     def _require_base(self, what: str, remedy: str) -> None:
-        if any(config.pretraining for config in self.peft_config.values()):
+        if any(config.resolved().releases_base for config in self.peft_config.values()):
             raise RuntimeError(
-                f"`{what}` needs the base weights, but `pretraining=True` released them: the trained weights are the "
+                f'`{what}` needs the base weights, but `mode="pretraining"` released them: the trained weights are the '
                 f"only ones. Use {remedy}."
             )
 
@@ -396,8 +353,8 @@ class OIALRModel(BaseTuner):
                 full_key = f"{key}.{name}.{adapter_name}"
                 if full_key in tensors:
                     tensors[full_key] = tensors[full_key][: cut[0], : cut[1]].contiguous()
-        config.record_saved(saved_model(model, adapter_name))
-        if config.pretraining:
+        config.expect_saving(saving_of(model, config, adapter_name))
+        if config.resolved().releases_base:
             tensors.update(cls._untargeted_state_dict(model, layers, state_dict))
         return tensors
 
@@ -428,7 +385,7 @@ class OIALRModel(BaseTuner):
             if isinstance(layer, OIALRLinear) and layer.has_adapter(adapter_name):
                 tensors = cls._tensors_of(key, state_dict)
                 if config.shrink == "mask" and not config.inference_mode and "oialr_sigma" in tensors:
-                    tensors = _padded(tensors, layer.full_rank[adapter_name])
+                    tensors = padded(tensors, layer.full_rank[adapter_name])
                     state_dict.update(
                         {full: tensors[full.rpartition(".")[2]] for full in cls._keys_of(key, state_dict)}
                     )
@@ -439,8 +396,8 @@ class OIALRModel(BaseTuner):
             layer.check_checkpoint(tensors)
         for layer, tensors in matched:
             layer.match_checkpoint(adapter_name, tensors)
-        if config.pretraining:
-            state_dict = _fit_to_assign(model, state_dict)
+        if config.resolved().releases_base:
+            state_dict = fit_to_assign(model, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @staticmethod
@@ -454,175 +411,10 @@ class OIALRModel(BaseTuner):
         return {key.rpartition(".")[2]: state_dict[key] for key in cls._keys_of(module_key, state_dict)}
 
 
-def outside_layers(model: nn.Module, config: OIALRConfig, targets: Collection[str]) -> Elsewhere:
-    """What a saved adapter may hold outside its layers, and what it must.
-
-    Args:
-        model: with or without the adapter.
-        config: of the adapter.
-        targets: full names of its layers.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    integers: set[str] = set()
-    names_of: dict[int, set[str]] = {}  # several where modules share a parameter, of which transformers saves one
-    state = _as_adapted(model, config)
-    for key, value in state.items():
-        if isinstance(value, Tensor) and f".{PREFIX}" not in key:
-            name = without_wrappers(key)
-            shapes[name] = tuple(value.shape)
-            names_of.setdefault(id(value), set()).add(name)
-            integers |= set() if value.is_floating_point() else {name}
-    for name in targets:
-        shapes.pop(f"{name}.weight", None)
-    tokens: Any = config.trainable_token_indices or {}
-    by_module = tokens.values() if isinstance(tokens, dict) else [tokens]
-    # transformers has made integers, such as positions, part of the state and removed them again
-    saved = {name for name in shapes if name not in integers and _is_saved(name, config, targets)}
-    required = [frozenset(names) for names in names_of.values() if not names.isdisjoint(saved)]
-    return Elsewhere(shapes, integers, required, {len(indices) for indices in by_module})
-
-
-def _as_adapted(model: nn.Module, config: OIALRConfig) -> dict[str, Any]:
-    """The state of the model, that of attention modules that are targets under the names of their projections."""
-    state: dict[str, Any] = model.state_dict(keep_vars=True)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and check_target_module_exists(config, name):
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            state |= {f"{name}.{key}": value for key, value in SplitAttention(module).state_dict().items()}
-    return state
-
-
-def _is_saved(name: str, config: OIALRConfig, targets: Collection[str]) -> bool:
-    """Whether a parameter outside the layers is in the file of an adapter."""
-    module, _, part = name.rpartition(".")
-    if config.pretraining or (part == "bias" and config.bias == "all"):
-        return True
-    if part == "bias" and config.bias == "oialr_only" and module in targets:
-        return True
-    return any(f".{key}." in f".{name}" for key in config.modules_to_save or [])
-
-
 def _initial_factors(jobs: list[tuple[str, Tensor, int]]) -> Iterator[tuple[str, Factors]]:
     """The factors of the layers that start factored, by name; those of the largest weights come first."""
     jobs = sorted(jobs, key=lambda job: -job[1].numel())
     return zip([name for name, _, _ in jobs], factorize_all(jobs), strict=True)
-
-
-def _fit_to_assign(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What lies outside the adapter, with dtypes and devices of the model, and as one parameter where weights are tied.
-
-    `low_cpu_mem_usage=True` puts loaded tensors in the place of the model's own; others are copied into these.
-    """
-    places = model.state_dict(keep_vars=True)
-    parameters: dict[int, nn.Parameter] = {}
-    fitted = dict(state_dict)
-    for key, tensor in state_dict.items():
-        place = places.get(key, places.get(key.removeprefix("base_model.model.")))
-        if isinstance(place, nn.Parameter) and not place.is_meta and not isinstance(place, DTensor):
-            parameter = nn.Parameter(tensor.to(place), requires_grad=False)
-            fitted[key] = parameters.setdefault(id(place), parameter)
-    return fitted
-
-
-def _padded(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-    pad = max(0, size - tensors["oialr_sigma"].shape[0])
-    widths = {"oialr_u": (0, pad), "oialr_sigma": (0, pad, 0, pad), "oialr_vh": (0, 0, 0, pad)}
-    return {name: F.pad(tensor, widths[name]) for name, tensor in tensors.items()}
-
-
-def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Full names of parameters that stand at more than one place of the model, by identity."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {key: found for key, found in names.items() if len(found) > 1}
-
-
-def _require_own_weight(weight: Tensor, name: str, shared: dict[int, list[str]]) -> None:
-    if id(weight) in shared:
-        raise ValueError(
-            f"`{name}` shares its weight with another module ({', '.join(shared[id(weight)])}), which would keep the "
-            "old weight. Leave it out with `exclude_modules`, or untie the weights (`tie_word_embeddings=False`)."
-        )
-
-
-def _require_own_weights_to_save(model: nn.Module, config: OIALRConfig, shared: dict[int, list[str]]) -> None:
-    saved = config.modules_to_save or []
-    for name, module in model.named_modules():
-        tied = [shared[id(parameter)] for parameter in module.parameters() if id(parameter) in shared]
-        if tied and any(name == key or name.endswith(f".{key}") for key in saved):
-            raise ValueError(
-                f"`modules_to_save` names `{name}`, whose weight is tied ({', '.join(tied[0])}): its copy would train, and "
-                "the other end would stay as it is. Leave it out; `pretraining=True` trains and saves both as one."
-            )
-
-
-def _linear_modules_outside_the_head(model: nn.Module) -> list[str]:
-    """Every `nn.Linear`, `Conv1D` and `nn.MultiheadAttention`, except the head and the inside of other adapters.
-
-    Convolutions are left to be named, as in PEFT's other methods.
-    """
-    heads = tuple(f"{name}." for name in _head_names(model))
-    inside = _prefixes_inside(model, BaseTunerLayer, *ATTENTION)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, OIALRLinear, *ATTENTION))
-        and not f"{name}.".startswith(heads)
-        and not name.startswith(inside)
-    ]
-    if not names:
-        raise ValueError(
-            f"{type(model).__name__} has no linear layer outside its head. Name what `target_modules` shall be; "
-            "convolutions are never chosen by default."
-        )
-    return names
-
-
-def _exactly(names: list[str], model: nn.Module) -> set[str] | str:
-    """A value of `target_modules` that names these modules and no other."""
-    targets = set(names)
-    others = {name for name, _ in model.named_modules()} - targets
-    # a name in a set also stands for those that end in it
-    if any(not targets.isdisjoint(_ends_of(other)) for other in others):
-        return "|".join(re.escape(name) for name in names)
-    return targets
-
-
-def _ends_of(name: str) -> list[str]:
-    """``["b.c", "c"]`` of ``"a.b.c"``."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(1, len(parts))]
-
-
-def _prefixes_inside(model: nn.Module, *kinds: type) -> tuple[str, ...]:
-    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
-
-
-def _head_names(model: nn.Module) -> list[str]:
-    """What a transformers model has around its base model, and its output embedding."""
-    if not isinstance(model, PreTrainedModel):
-        return []
-    heads = [name for name, child in model.named_children() if model.base_model not in (model, child)]
-    output = model.get_output_embeddings()
-    return heads + [name for name, module in model.named_modules() if output is not None and module is output]
-
-
-def _warn_about_untrained_head(model: nn.Module, config: OIALRConfig) -> None:
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is not None:
-        return
-    saved = set(config.modules_to_save or [])
-    untrained = [
-        name
-        for name in _head_names(model)
-        if name not in saved and any(True for _ in getattr(model, name).parameters())
-    ]
-    if untrained:
-        warnings.warn(
-            f"The head ({', '.join(untrained)}) is not a target and stays as it is. If it is new, pass "
-            f"`modules_to_save={untrained}` or a `task_type`, so that it trains.",
-            stacklevel=2,
-        )
 
 
 def _name_adapters(
@@ -637,57 +429,3 @@ def _encoder_of(model: nn.Module) -> nn.Module | None:
     if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
         return None
     return model.get_encoder()
-
-
-def _warn_about_unknown_ranks(model: nn.Module, adapter_name: str, config: OIALRConfig) -> None:
-    unknown = sorted(set(config.rank_pattern or {}) - set(adapter_layers(model, adapter_name)))
-    if unknown:
-        warnings.warn(
-            f"`rank_pattern` names modules that are not targets, and are left out: {unknown}. Its keys are full module "
-            "names.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-class _MissingControllerWatch:
-    """Warns once when an adapter trains for a whole check interval and nobody calls `OIALRController.step`.
-
-    A hook on one trained parameter, called when its gradient is ready. A new step began when the gradient is another
-    tensor than before, because it was cleared, or the parameter's version was raised by an update; accumulating
-    micro-batches does neither.
-    """
-
-    def __init__(self, layer: OIALRLinear, adapter_name: str, config: OIALRConfig) -> None:
-        # not the layer itself: its parameter holds this hook, and the garbage collector does not see such a cycle
-        self._controlled = layer.controlled
-        self._adapter_name = adapter_name
-        self._interval = config.update_every if isinstance(config.update_every, int) else STEPS_UNTIL_WARNING
-        self._steps = 0
-        self._warned = False
-        self._last: tuple[weakref.ref[Tensor], int] | None = None  # gradient and version at the previous call
-
-    @classmethod
-    def attach(cls, model: nn.Module, adapter_name: str, config: OIALRConfig) -> None:
-        """Watch the first layer of the adapter that trains, if any does."""
-        for layer in adapter_layers(model, adapter_name).values():
-            parameter = layer.trained_parameter(adapter_name)
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(cls(layer, adapter_name, config))
-                return
-
-    def __call__(self, parameter: Tensor) -> None:
-        if self._warned or self._adapter_name in self._controlled:
-            return
-        assert parameter.grad is not None
-        if self._last is not None and (self._last[0]() is not parameter.grad or self._last[1] != parameter._version):
-            self._steps += 1
-        self._last = weakref.ref(parameter.grad), parameter._version
-        if self._steps >= self._interval:
-            self._warned = True
-            warnings.warn(
-                f"The OIALR adapter `{self._adapter_name}` has trained for {self._steps} optimizer steps without a "
-                "controller: no layer is factored and no rank shrinks. Use OIALRTrainer, add OIALRCallback() to your "
-                "Trainer, or call OIALRController.step() after each optimizer step.",
-                stacklevel=2,
-            )

@@ -14,7 +14,7 @@ from torch import nn
 import oialr_peft.engine.check as check_module
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.engine.check import Check
-from oialr_peft.engine.inputs import Recorder
+from oialr_peft.engine.inputs import RecentInputs
 from oialr_peft.engine.schedule import Schedule
 from oialr_peft.engine.trained_layers import TrainedLayers
 from oialr_peft.linalg.moments import OptimizerSlots, is_moment, moments_of
@@ -26,7 +26,7 @@ def two_layers(*, dtype=torch.float64, make=torch.optim.AdamW, **settings):
     model = nn.Sequential(nn.Linear(140, 150, dtype=dtype), nn.Tanh(), nn.Linear(150, 7, dtype=dtype))
     model = get_peft_model(
         model,
-        OIALRConfig(**{"target_modules": ["0", "2"], "update_every": 100, **settings}),
+        OIALRConfig(**{"mode": "replace", "target_modules": ["0", "2"], "update_every": 100, **settings}),
         autocast_adapter_dtype=False,
     )
     optimizer = make([p for p in model.parameters() if p.requires_grad])
@@ -45,7 +45,7 @@ def check_of(trained, optimizer, *, step=1, due=(), bases=None, threshold=None, 
         due=due,
         bases=bases,
         processes=None,
-        recent=Recorder(),
+        recent=RecentInputs(),
     )
 
 
@@ -121,7 +121,7 @@ def test_a_layer_freezes_when_its_stability_less_two_errors_reaches_the_threshol
     check = check_of(trained, optimizer, threshold=0.9)
     found = SimpleNamespace(name="0", shape=(3, 4))
     assert check._freezes(found, 0.95) is (error == 0.0)
-    assert check._freezes(found, None, 1.0) is False
+    assert check._freezes(found, None) is False
 
 
 def test_rounding_never_takes_stability_out_of_its_range(monkeypatch):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from oialr_peft import OIALRConfig, OIALRController, factorize
 from oialr_peft.linalg import decompositions
 from oialr_peft.linalg.moments import OptimizerSlots
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 SHAPES = [(12, 8), (10, 12), (9, 10), (4, 9)]  # (out, in): tall, wide, nearly square
 STEPS = 120
@@ -83,9 +83,9 @@ RULES = {
     "stable": {"freeze_when": "stable", "delay": 20, "stability_threshold": 0.985, "cutoff": 0.2},
     "delay": {"freeze_when": "delay", "delay": 25, "cutoff": 0.2},
     "delay, last layers first": {"freeze_when": "delay", "delay": 10, "cutoff": 0.2, "layers_per_update": 0.1},
-    "factored at creation": {"freeze_when": "delay", "delay": 0, "cutoff": 0.2, "init_rank": 3},
+    "factored at creation": {"freeze_when": "delay", "delay": 0, "cutoff": 0.2, "rank": 3},
     "harsh cutoff": {"freeze_when": "delay", "delay": 10, "cutoff": 0.9, "max_rank_drop": 0.3, "min_rank": 2},
-    "residual": {"residual": True, "delay": 0, "cutoff": 0.2, "init_rank": 3},
+    "residual": {"mode": "adapter", "delay": 0, "cutoff": 0.2, "rank": 3},
     "bounded loss": {
         "freeze_when": "delay",
         "delay": 10,
@@ -96,10 +96,10 @@ RULES = {
     "late": {"freeze_when": "delay", "delay": 80, "cutoff": 0.2, "max_rank_drop": 0.3},
     "own learning rate": {"freeze_when": "delay", "delay": 10, "cutoff": 0.2, "sigma_lr_scale": 0.7},
     "bounded loss, residual": {
-        "residual": True,
+        "mode": "adapter",
         "delay": 0,
         "cutoff": 0.6,
-        "init_rank": 4,
+        "rank": 4,
         "max_output_loss": 0.005,
         "max_rank_drop": 0.5,
     },
@@ -134,7 +134,7 @@ def test_training_equals_the_literal_reference(rule, schedule, optimizer):
         Settings(total_steps=STEPS, **settings),
         schedule,
     )
-    model = get_peft_model(base, OIALRConfig(**settings))
+    model = get_peft_model(base, OIALRConfig(**{"mode": "replace", **settings}))
     torch_optimizer = make_torch([p for p in model.parameters() if p.requires_grad])
     controller = OIALRController(model, torch_optimizer, total_steps=STEPS)
 
@@ -157,7 +157,7 @@ def test_training_equals_the_literal_reference(rule, schedule, optimizer):
 def test_the_stable_rule_freezes_layers_one_by_one():
     """The oracle test above would prove little if all layers froze in the same check."""
     settings = {"update_every": 10, **RULES["stable"]}
-    model = get_peft_model(mlp(), OIALRConfig(**settings))
+    model = get_peft_model(mlp(), OIALRConfig(**{"mode": "replace", **settings}))
     optimizer = OPTIMIZERS["adamw"][0](model.parameters())
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     train(model, optimizer, STEPS, controller)
@@ -173,7 +173,7 @@ def test_without_a_cutoff_rotations_do_not_change_training(optimizer):
     }[optimizer]
     losses = {}
     for update_every in (5, STEPS):
-        config = OIALRConfig(freeze_when="delay", delay=0, update_every=update_every, cutoff=0.0)
+        config = OIALRConfig(mode="replace", freeze_when="delay", delay=0, update_every=update_every, cutoff=0.0)
         model = get_peft_model(mlp(), config)
         torch_optimizer = make([p for p in model.parameters() if p.requires_grad])
         train(model, torch_optimizer, 40, OIALRController(model, torch_optimizer, total_steps=STEPS))
@@ -185,7 +185,7 @@ def test_without_a_cutoff_rotations_do_not_change_training(optimizer):
 
 
 def test_muon_momentum_follows_the_rotation_exactly():
-    config = OIALRConfig(freeze_when="delay", delay=0, update_every=5, cutoff=0.0)
+    config = OIALRConfig(mode="replace", freeze_when="delay", delay=0, update_every=5, cutoff=0.0)
     model = get_peft_model(mlp(), config)
     optimizer = torch.optim.Muon([p for p in model.parameters() if p.requires_grad], lr=0.02)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
@@ -210,7 +210,7 @@ def test_muon_momentum_follows_the_rotation_exactly():
 
 
 def test_the_weight_is_unchanged_by_the_freeze_and_bases_stay_orthonormal():
-    model = get_peft_model(mlp(), OIALRConfig(freeze_when="delay", delay=5, update_every=5, cutoff=0.0))
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace", freeze_when="delay", delay=5, update_every=5, cutoff=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     train(model, optimizer, 4, controller)
@@ -234,7 +234,8 @@ def test_the_mask_trains_exactly_like_physical_shrinking():
     weights, ranks = [], []
     for shrink in ("physical", "mask"):
         model = get_peft_model(
-            mlp(), OIALRConfig(freeze_when="delay", delay=10, update_every=10, cutoff=0.3, shrink=shrink)
+            mlp(),
+            OIALRConfig(mode="replace", freeze_when="delay", delay=10, update_every=10, cutoff=0.3, shrink=shrink),
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
         controller = OIALRController(model, optimizer, total_steps=STEPS)
@@ -250,7 +251,9 @@ def test_the_mask_trains_exactly_like_physical_shrinking():
 
 
 def test_the_optimizer_object_its_groups_and_its_scheduler_survive():
-    model = get_peft_model(mlp(), OIALRConfig(freeze_when="delay", delay=10, update_every=10, cutoff=0.3))
+    model = get_peft_model(
+        mlp(), OIALRConfig(mode="replace", freeze_when="delay", delay=10, update_every=10, cutoff=0.3)
+    )
     layers = list(adapter_layers(model).values())
     groups = [
         {"params": [layers[0].oialr_weight["default"]], "lr": 0.01},
@@ -271,7 +274,7 @@ def test_the_optimizer_object_its_groups_and_its_scheduler_survive():
 
 
 def test_a_kept_loss_does_not_break_the_next_backward():
-    model = get_peft_model(mlp(), OIALRConfig(freeze_when="delay", delay=5, update_every=5, cutoff=0.5))
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace", freeze_when="delay", delay=5, update_every=5, cutoff=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     x, y = data()
@@ -289,7 +292,7 @@ def test_a_kept_loss_does_not_break_the_next_backward():
 
 @pytest.mark.parametrize("make", [torch.optim.Rprop, torch.optim.Adadelta], ids=["Rprop", "Adadelta"])
 def test_unknown_optimizer_state_is_reset_with_one_warning(make):
-    model = get_peft_model(mlp(), OIALRConfig(freeze_when="delay", delay=5, update_every=5, cutoff=0.3))
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace", freeze_when="delay", delay=5, update_every=5, cutoff=0.3))
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     with warnings.catch_warnings(record=True) as caught:
@@ -301,7 +304,9 @@ def test_unknown_optimizer_state_is_reset_with_one_warning(make):
 
 
 def test_biases_go_on_training_after_the_freeze():
-    model = get_peft_model(mlp(), OIALRConfig(freeze_when="delay", delay=5, update_every=5, bias="oialr_only"))
+    model = get_peft_model(
+        mlp(), OIALRConfig(mode="replace", freeze_when="delay", delay=5, update_every=5, bias="oialr_only")
+    )
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     train(model, optimizer, 10, controller)
@@ -314,7 +319,9 @@ def test_biases_go_on_training_after_the_freeze():
 @pytest.mark.parametrize("interrupted_at", [5, 10, 15, 37, 60, 80])
 @pytest.mark.parametrize("storage", ["full", "bf16", "cpu", "sketch"])
 def test_save_load_step_equals_no_interruption_bit_for_bit(interrupted_at, storage, tmp_path):
-    config = OIALRConfig(update_every=10, delay=20, stability_threshold=0.985, cutoff=0.2, stability_storage=storage)
+    config = OIALRConfig(
+        mode="replace", update_every=10, delay=20, stability_threshold=0.985, cutoff=0.2, stability_storage=storage
+    )
 
     def start():
         model = get_peft_model(mlp(torch.float32), copy.deepcopy(config))
@@ -352,7 +359,9 @@ def without_seconds(controller):
 
 
 def test_history_counts_what_trains():
-    model = get_peft_model(mlp(), OIALRConfig(freeze_when="delay", delay=10, update_every=10, cutoff=0.3))
+    model = get_peft_model(
+        mlp(), OIALRConfig(mode="replace", freeze_when="delay", delay=10, update_every=10, cutoff=0.3)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     train(model, optimizer, STEPS, controller)
@@ -371,7 +380,7 @@ def test_history_counts_what_trains():
 
 
 def test_stability_of_an_untrained_layer_is_one():
-    model = get_peft_model(mlp(), OIALRConfig(update_every=5, delay=100))
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace", update_every=5, delay=100))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     train(model, optimizer, 10, controller)
@@ -380,7 +389,7 @@ def test_stability_of_an_untrained_layer_is_one():
 
 
 def test_freezing_halves_at_most_and_never_below_the_floor():
-    config = OIALRConfig(freeze_when="delay", delay=0, update_every=5, cutoff=0.99, min_rank=2)
+    config = OIALRConfig(mode="replace", freeze_when="delay", delay=0, update_every=5, cutoff=0.99, min_rank=2)
     model = get_peft_model(mlp(), config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
@@ -392,8 +401,8 @@ def test_freezing_halves_at_most_and_never_below_the_floor():
 
 
 def test_two_adapters_train_one_after_the_other():
-    model = get_peft_model(mlp(), OIALRConfig(freeze_when="delay", delay=5, update_every=5, cutoff=0.3))
-    model.add_adapter("other", OIALRConfig(freeze_when="delay", delay=5, update_every=5, cutoff=0.6))
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace", freeze_when="delay", delay=5, update_every=5, cutoff=0.3))
+    model.add_adapter("other", OIALRConfig(mode="replace", freeze_when="delay", delay=5, update_every=5, cutoff=0.6))
     x, _ = data()
     model.set_adapter("other")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
@@ -407,7 +416,7 @@ def test_two_adapters_train_one_after_the_other():
 
 
 def test_a_nan_stops_the_check_and_names_the_module():
-    model = get_peft_model(mlp(), OIALRConfig(update_every=5))
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace", update_every=5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     train(model, optimizer, 4, controller)
@@ -420,7 +429,7 @@ def test_a_nan_stops_the_check_and_names_the_module():
 def test_an_optimizer_made_before_the_adapter_is_refused():
     base = mlp()
     optimizer = torch.optim.SGD(base.parameters(), lr=0.01)
-    model = get_peft_model(base, OIALRConfig())
+    model = get_peft_model(base, OIALRConfig(mode="replace"))
     with pytest.raises(ValueError, match="does not train 4 of 4 OIALR layers.*Make the optimizer after the adapter"):
         OIALRController(model, optimizer, total_steps=STEPS)
 
@@ -442,14 +451,14 @@ def test_a_model_without_the_adapter_is_refused():
     ],
 )
 def test_steps_that_do_not_fit_into_the_run_are_refused(settings, total_steps, message):
-    model = get_peft_model(mlp(), OIALRConfig(**settings))
+    model = get_peft_model(mlp(), OIALRConfig(**{"mode": "replace", **settings}))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with pytest.raises(ValueError, match=message):
         OIALRController(model, optimizer, total_steps=total_steps)
 
 
 def test_a_parameter_replaced_behind_its_back_is_noticed():
-    model = get_peft_model(mlp(), OIALRConfig(update_every=5))
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace", update_every=5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     layer = controller.layers["0"]
@@ -459,14 +468,16 @@ def test_a_parameter_replaced_behind_its_back_is_noticed():
 
 
 def test_metrics_before_the_first_check_are_refused():
-    model = get_peft_model(mlp(), OIALRConfig())
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace"))
     controller = OIALRController(model, torch.optim.SGD(model.parameters(), lr=0.01), total_steps=STEPS)
     with pytest.raises(ValueError, match="no check yet"):
         controller.metrics()
 
 
 def test_the_random_state_of_the_user_is_not_touched():
-    model = get_peft_model(mlp(), OIALRConfig(update_every=5, delay=10, stability_storage="sketch", cutoff=0.3))
+    model = get_peft_model(
+        mlp(), OIALRConfig(mode="replace", update_every=5, delay=10, stability_storage="sketch", cutoff=0.3)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     before = torch.get_rng_state()
@@ -475,7 +486,7 @@ def test_the_random_state_of_the_user_is_not_touched():
 
 
 def test_a_run_gives_no_warning():
-    model = get_peft_model(mlp(), OIALRConfig(update_every=5, cutoff=0.3))
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace", update_every=5, cutoff=0.3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -503,7 +514,12 @@ def test_a_check_of_dense_layers_waits_for_an_accelerator_no_more_often_with_mor
     for depth in (2, 6):
         model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(depth)))
         config = OIALRConfig(
-            target_modules="all-linear", update_every=1, delay=5, stability_storage=storage, stability_threshold=1.0
+            mode="replace",
+            target_modules="all-linear",
+            update_every=1,
+            delay=5,
+            stability_storage=storage,
+            stability_threshold=1.0,
         )
         model = get_peft_model(model, config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -522,7 +538,7 @@ def test_a_check_of_dense_layers_waits_for_an_accelerator_no_more_often_with_mor
 
 
 def controlled(settings=None, optimizer=None, base=None, **options):
-    model = get_peft_model(base or mlp(), OIALRConfig(**{"update_every": 5, **(settings or {})}))
+    model = get_peft_model(base or mlp(), OIALRConfig(**{"mode": "replace", "update_every": 5, **(settings or {})}))
     optimizer = optimizer or (lambda p: torch.optim.SGD(p, lr=0.01))
     optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
     return model, optimizer, OIALRController(model, optimizer, total_steps=STEPS, **options)
@@ -556,7 +572,7 @@ def test_a_step_that_the_scaler_skipped_does_not_count():
 
 
 def test_layers_that_do_not_train_need_no_optimizer_and_do_not_count():
-    model = get_peft_model(mlp(), OIALRConfig(update_every=5))
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace", update_every=5))
     layers = list(adapter_layers(model).values())
     layers[1].requires_grad_(False)
     optimizer = torch.optim.SGD([layer.oialr_weight["default"] for i, layer in enumerate(layers) if i != 1], lr=0.01)
@@ -572,8 +588,8 @@ def test_layers_that_do_not_train_need_no_optimizer_and_do_not_count():
     [
         {"shrink": "physical"},
         {"shrink": "mask"},
-        {"residual": True, "delay": 0},
-        {"pretraining": True},
+        {"mode": "adapter", "delay": 0},
+        {"mode": "pretraining"},
         {"bias": "all", "shrink": "mask"},
     ],
     ids=str,
@@ -585,7 +601,7 @@ def test_every_mode_counts_what_trains_and_the_whole_dense_model(settings):
     update = controller.history[-1]
     ranks = [layer.rank("default") for layer in controller.layers.values()]
     biases = sum(m for m, _ in SHAPES)
-    trains = settings.get("bias") == "all" or "pretraining" in settings
+    trains = settings.get("bias") == "all" or settings.get("mode") == "pretraining"
     assert update.total == sum(m * n for m, n in SHAPES) + biases
     assert update.trainable == sum(rank**2 for rank in ranks) + trains * biases
     assert ranks < [min(shape) for shape in SHAPES]
@@ -609,7 +625,7 @@ def test_metrics_are_the_figures_of_the_last_check():
 
 
 def test_products_are_forgotten_after_each_step_of_the_optimizer():
-    model, optimizer, controller = controlled({"freeze_when": "delay", "delay": 0, "init_rank": 6})
+    model, optimizer, controller = controlled({"freeze_when": "delay", "delay": 0, "rank": 6})
     model.eval()
     with torch.no_grad():
         model(data()[0])
@@ -620,8 +636,8 @@ def test_products_are_forgotten_after_each_step_of_the_optimizer():
 
 
 def test_an_adapter_is_controlled_under_its_own_name():
-    model = get_peft_model(mlp(), OIALRConfig())
-    model.add_adapter("other", OIALRConfig(update_every=7))
+    model = get_peft_model(mlp(), OIALRConfig(mode="replace"))
+    model.add_adapter("other", OIALRConfig(mode="replace", update_every=7))
     model.set_adapter("other")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     controller = OIALRController(model, optimizer, total_steps=STEPS, adapter_name="other", disable_tqdm=True)
@@ -648,7 +664,7 @@ def test_a_state_that_accelerate_saved_is_matched_and_continued(tmp_path, shrink
     settings = {"freeze_when": "delay", "delay": 10, "cutoff": 0.4, "shrink": shrink}
 
     def start():
-        model = get_peft_model(mlp(), OIALRConfig(update_every=5, **settings))
+        model = get_peft_model(mlp(), OIALRConfig(update_every=5, **{"mode": "replace", **settings}))
         accelerator = Accelerator(cpu=True)
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.02))
         controller = OIALRController(model, optimizer, total_steps=STEPS)

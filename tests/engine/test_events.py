@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 TOTAL_STEPS = 30
 NAMES = ["first", "second", "third"]
@@ -41,8 +41,8 @@ MODES = {
     "stable": {"freeze_when": "stable", "delay": 4, "stability_threshold": 0.97},
     "delay": {"freeze_when": "delay", "delay": 3},
     "mask": {"freeze_when": "delay", "delay": 4, "shrink": "mask"},
-    "created": {"freeze_when": "delay", "delay": 0, "init_rank": 3},
-    "residual": {"residual": True, "delay": 0, "init_rank": 3},
+    "created": {"freeze_when": "delay", "delay": 0, "rank": 3},
+    "residual": {"mode": "adapter", "delay": 0, "rank": 3},
 }
 OPTIMIZERS = {
     "adamw": (lambda p: torch.optim.AdamW(p, lr=0.03, weight_decay=0.01), lambda: AdamW(lr=0.03, weight_decay=0.01)),
@@ -69,7 +69,7 @@ class Adapter:
     controller: OIALRController
 
     @property
-    def residual(self) -> bool:
+    def is_correction(self) -> bool:
         return self.mode == "residual"
 
 
@@ -96,7 +96,7 @@ class Events(RuleBasedStateMachine):
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
     def config(self, mode: str) -> OIALRConfig:
-        return OIALRConfig(target_modules=["0", "2"], **RULES, **MODES[mode])
+        return OIALRConfig(target_modules=["0", "2"], **{"mode": "replace", **RULES, **MODES[mode]})
 
     def fresh_reference(self, mode: str, optimizer: str) -> Reference:
         fields = {key: value for key, value in MODES[mode].items() if key != "shrink"}
@@ -302,8 +302,13 @@ class Events(RuleBasedStateMachine):
         for name, adapter in self.adapters.items():
             layers = adapter_layers(self.model, name).values()
             for index, (layer, reference) in enumerate(zip(layers, adapter.reference.layers, strict=True)):
-                weight = layer.adapter_weight(name) + (self.base_weights[index] if adapter.residual else 0)
-                assert_close(weight, torch.from_numpy(reference.weight(adapter.residual)), atol=1e-7, rtol=1e-7)
+                weight = layer.adapter_weight(name) + (self.base_weights[index] if adapter.is_correction else 0)
+                assert_close(
+                    weight,
+                    torch.from_numpy(reference.weight("adapter" if adapter.is_correction else "replace")),
+                    atol=1e-7,
+                    rtol=1e-7,
+                )
                 assert layer.is_dense(name) is (reference.dense is not None)
                 assert layer.is_dense(name) or layer.rank(name) == len(reference.sigma)
 

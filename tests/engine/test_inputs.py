@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounter
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.engine.inputs import POSITIONS
 from oialr_peft.tuner.layer import OIALRLinear
+from oialr_peft.tuner.lookup import adapter_layers
 from oialr_peft.tuner.matricization import matricization_of
-from oialr_peft.tuner.model import adapter_layers
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -25,7 +25,7 @@ MODES = {
     "freezing": {"freeze_when": "delay", "delay": 4},
     "factored": {"freeze_when": "delay", "delay": 0},
     "masked": {"freeze_when": "delay", "delay": 0, "shrink": "mask"},
-    "residual": {"residual": True, "init_rank": 12},
+    "residual": {"mode": "adapter", "rank": 12},
 }
 
 
@@ -45,7 +45,10 @@ class Tower(nn.Module):
 def adapted(**settings) -> nn.Module:
     torch.manual_seed(0)
     config = {"cutoff": 0.9, "max_rank_drop": 1.0, "update_every": 4, "max_output_loss": BOUND, **settings}
-    return get_peft_model(Tower(), OIALRConfig(target_modules=["convolution", "up", "down"], **config)).train()
+    return get_peft_model(
+        Tower(),
+        OIALRConfig(target_modules=["convolution", "up", "down"], **{"mode": "replace", **config}),
+    ).train()
 
 
 def controlled(model: nn.Module, lr: float = 3e-2, **options) -> tuple[torch.optim.Optimizer, OIALRController]:
@@ -154,11 +157,11 @@ def test_nothing_is_recorded_before_a_check_that_cannot_truncate():
         ({"max_output_loss": 1e-6}, True),
         ({"max_output_loss": 0.3}, False),
         ({"max_output_loss": None, "cutoff": 0.0}, False),
-        ({"max_output_loss": 1e-6, "residual": True, "init_rank": 12}, False),
+        ({"max_output_loss": 1e-6, "mode": "adapter", "rank": 12}, False),
     ],
 )
 def test_a_bound_that_keeps_nearly_everything_warns_once(settings, warns):
-    model = adapted(**{**(MODES["freezing"] if "residual" not in settings else {}), **settings})
+    model = adapted(**{**(MODES["freezing"] if "mode" not in settings else {}), **settings})
     optimizer, controller = controlled(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -22,8 +22,8 @@ M, N, RANK = 12, 27, 3  # √(M N) / RANK = 6, to the nearest power of √2: 5.6
 def setting(make=lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1), **settings):
     """A model with one factored layer and one that is not adapted; its optimizer and controller."""
     base = nn.Sequential(nn.Linear(N, M, bias=False), nn.Tanh(), nn.Linear(M, 2))
-    config = {"target_modules": ["0"], "modules_to_save": ["2"], "init_rank": RANK, "freeze_when": "delay", "delay": 0}
-    model = get_peft_model(base, OIALRConfig(**{"update_every": 50, **config, **settings}))
+    config = {"target_modules": ["0"], "modules_to_save": ["2"], "rank": RANK, "freeze_when": "delay", "delay": 0}
+    model = get_peft_model(base, OIALRConfig(**{"mode": "replace", "update_every": 50, **config, **settings}))
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     return model, optimizer, OIALRController(model, optimizer, total_steps=100)
 

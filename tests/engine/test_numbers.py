@@ -23,7 +23,7 @@ from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.linalg import decompositions as routes
 from oialr_peft.linalg.decompositions import SVD, Decomposition, leading_svd, polar_iteration, svd_by_polar
 from oialr_peft.linalg.factors import count_above, not_finite
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 SHAPES = [(6, 4), (5, 6), (3, 5)]
@@ -34,7 +34,7 @@ PHASES = {
     "freeze": {"update_every": 2, "freeze_when": "delay", "delay": 2},
     "factored": {"update_every": 2, "freeze_when": "delay", "delay": 0},
     "masked": {"update_every": 2, "freeze_when": "delay", "delay": 0, "shrink": "mask"},
-    "residual": {"update_every": 2, "residual": True, "init_rank": 3},
+    "residual": {"update_every": 2, "mode": "adapter", "rank": 3},
 }
 CHANGING = ["freeze", "factored", "masked", "residual"]
 OPTIMIZERS = {
@@ -50,7 +50,7 @@ class Run:
         torch.manual_seed(0)
         layers = [nn.Linear(n, m, dtype=torch.float64) for m, n in SHAPES]
         base = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
-        config = OIALRConfig(target_modules=NAMES, **{"cutoff": 0.2, **PHASES[phase], **fields})
+        config = OIALRConfig(target_modules=NAMES, **{"mode": "replace", "cutoff": 0.2, **PHASES[phase], **fields})
         self.model = get_peft_model(base, config)
         self.optimizer = OPTIMIZERS[optimizer]([p for p in self.model.parameters() if p.requires_grad])
         self.controller = OIALRController(self.model, self.optimizer, total_steps=100)
@@ -167,14 +167,14 @@ def test_a_step_that_the_user_leaves_out_moves_nothing(phase):
 
 
 @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
-@pytest.mark.parametrize("fields", [{}, {"freeze_when": "delay", "delay": 0}, {"residual": True}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"freeze_when": "delay", "delay": 0}, {"mode": "adapter"}], ids=str)
 def test_a_pretrained_weight_that_is_not_finite_is_refused_by_name_before_training(fields, value):
     base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     with torch.no_grad():
         base[1].weight[2, 0] = value
 
     def start() -> None:
-        model = get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **fields))
+        model = get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **{"mode": "replace", **fields}))
         OIALRController(model, torch.optim.SGD(model.parameters()), total_steps=10)
 
     with pytest.raises(ValueError, match="`1` holds NaN or Inf"):
@@ -304,7 +304,7 @@ def test_what_a_bound_on_the_output_keeps_does_not_depend_on_the_scale_of_inputs
                 nn.init.normal_(layer.oialr_sigma["default"], generator=generator)
             inputs = torch.randn(64, layer.in_features, generator=generator).to(dtype)
             layer(inputs * torch.tensor(factor, dtype=dtype))
-        run.controller._steps = 1
+        run.controller._state.steps = 1
         ranks = run.controller.step().ranks
         changes.append((ranks, [layer.adapter_weight("default").float() for layer in run.layers.values()]))
     assert changes[0][0] == changes[1][0]
@@ -417,7 +417,7 @@ def test_a_core_that_its_dtype_cannot_hold_stops_the_check_by_name():
     run = Run("factored")
     run.model.to(torch.float16)
     run.controller = OIALRController(run.model, run.optimizer, total_steps=100)
-    run.controller._steps = 1
+    run.controller._state.steps = 1
     with torch.no_grad():
         run.parameter("2").fill_(4e4)
     with pytest.raises(ValueError, match=r"The largest singular value of `2` is .* too large for torch\.float16"):
@@ -431,7 +431,7 @@ def test_a_core_that_its_dtype_cannot_hold_stops_the_check_by_name():
 def scaled_run(fused: bool, wrapped: bool) -> tuple[OIALRController, list[bool]]:
     """Twelve steps of which the first overflow; the controller, and for each step whether it was skipped."""
     torch.manual_seed(0)
-    config = OIALRConfig(target_modules=["0"], freeze_when="delay", delay=2, update_every=2)
+    config = OIALRConfig(mode="replace", target_modules=["0"], freeze_when="delay", delay=2, update_every=2)
     model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     plain = torch.optim.AdamW(parameters, lr=1e-3, fused=fused)
@@ -486,7 +486,7 @@ def random_walk(dtype: torch.dtype, updates: int) -> tuple[float, float, float]:
     """
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(16, 24, bias=False, dtype=dtype))
-    config = OIALRConfig(target_modules=["0"], freeze_when="delay", delay=0, update_every=1, cutoff=0.0)
+    config = OIALRConfig(mode="replace", target_modules=["0"], freeze_when="delay", delay=0, update_every=1, cutoff=0.0)
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     layer = adapter_layers(model)["0"]
     optimizer = torch.optim.SGD([layer.oialr_sigma["default"]], lr=1.0)

@@ -17,7 +17,7 @@ from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.engine.log import log_check
 from oialr_peft.engine.update import OIALRUpdate
 from oialr_peft.parallel import progress
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 STEPS, EVERY = 12, 3
 
@@ -33,7 +33,7 @@ def impatient(monkeypatch):
 
 def run(model, **settings):
     """A run of the MLP, whose layers are factored in its second check."""
-    config = OIALRConfig(freeze_when="delay", delay=2 * EVERY, update_every=EVERY, cutoff=0.3)
+    config = OIALRConfig(mode="replace", freeze_when="delay", delay=2 * EVERY, update_every=EVERY, cutoff=0.3)
     model = get_peft_model(model, config)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     controller = OIALRController(model, optimizer, total_steps=STEPS, **settings)
@@ -68,7 +68,7 @@ def test_bars_can_be_turned_off(mlp, make_model, capsys, monkeypatch):
     transformers_logging.disable_progress_bar()
     try:
         run(make_model("mlp"))
-        get_peft_model(make_model("mlp"), OIALRConfig(residual=True))
+        get_peft_model(make_model("mlp"), OIALRConfig(mode="adapter"))
     finally:
         transformers_logging.enable_progress_bar()
     monkeypatch.setenv("RANK", "1")
@@ -86,10 +86,10 @@ def test_the_trainer_passes_its_own_setting_on(tmp_path, capsys):
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
-    "settings", [{"residual": True}, {"freeze_when": "delay", "delay": 0}], ids=["residual", "delay"]
+    "settings", [{"mode": "adapter"}, {"freeze_when": "delay", "delay": 0}], ids=["residual", "delay"]
 )
 def test_decomposing_a_model_at_creation_shows_a_bar(bert, capsys, settings):
-    model = get_peft_model(bert, OIALRConfig(task_type="SEQ_CLS", **settings))
+    model = get_peft_model(bert, OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **settings}))
     layers = len(adapter_layers(model))
     assert bars(capsys) == (layers, layers)
     copy.deepcopy(model)  # no bar is left in it
@@ -97,7 +97,7 @@ def test_decomposing_a_model_at_creation_shows_a_bar(bert, capsys, settings):
 
 @pytest.mark.usefixtures("impatient")
 def test_a_model_that_starts_dense_decomposes_nothing(bert, capsys):
-    get_peft_model(bert, OIALRConfig(task_type="SEQ_CLS"))
+    get_peft_model(bert, OIALRConfig(mode="replace", task_type="SEQ_CLS"))
     assert bars(capsys) is None
 
 
@@ -107,7 +107,7 @@ def test_quantized_weights_count_too(capsys):
     linear = bitsandbytes.nn.Linear8bitLt(8, 6, has_fp16_weights=False)
     linear.load_state_dict({"weight": torch.randn(6, 8), "bias": torch.zeros(6)})
     model = torch.nn.Sequential(linear.to("cpu"), torch.nn.Linear(6, 4))
-    get_peft_model(model, OIALRConfig(target_modules=["0", "1"], residual=True))
+    get_peft_model(model, OIALRConfig(target_modules=["0", "1"], mode="adapter"))
     assert bars(capsys) == (2, 2)
 
 

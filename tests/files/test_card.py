@@ -13,7 +13,8 @@ from transformers import BertForSequenceClassification
 from oialr_peft import OIALRConfig, OIALRUpdate, save_low_rank
 from oialr_peft.files import card
 from oialr_peft.files.card import Run, SavedLayer, SavedModel
-from oialr_peft.tuner.model import adapter_layers, saved_model
+from oialr_peft.tuner.lookup import adapter_layers
+from oialr_peft.tuner.saved import saved_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),
@@ -22,11 +23,11 @@ pytestmark = [
 ]
 
 START, END = "<!-- oialr_peft: adapter default -->", "<!-- /oialr_peft: adapter default -->"
-FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 0.5, "init_weights": False}
+FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 0.5, "init_weights": False}
 
 
 def adapted(model, **settings):
-    return get_peft_model(model, OIALRConfig(**{**FACTORED, **settings}))
+    return get_peft_model(model, OIALRConfig(**{"mode": "replace", **FACTORED, **settings}))
 
 
 def rows_of(text):
@@ -163,12 +164,15 @@ def test_the_reader_is_told_what_to_fill_in():
     assert card.low_rank_loading(SavedModel(()), location="x").startswith("Let `Model` be the class of the model.")
 
 
-@pytest.mark.parametrize("settings", [FACTORED, {"pretraining": True}], ids=["replace", "pretraining"])
+@pytest.mark.parametrize("settings", [FACTORED, {"mode": "pretraining"}], ids=["replace", "pretraining"])
 def test_the_code_loads_the_adapter(settings, tmp_path, monkeypatch, bert, make_model, make_inputs, outputs_of):
     monkeypatch.chdir(tmp_path)
     base = make_model("bert", torch.float32)
     base.save_pretrained("base-directory")
-    model = get_peft_model(BertForSequenceClassification.from_pretrained("base-directory"), OIALRConfig(**settings))
+    model = get_peft_model(
+        BertForSequenceClassification.from_pretrained("base-directory"),
+        OIALRConfig(**{"mode": "replace", **settings}),
+    )
     model.eval().save_pretrained("my-adapter")
     text = (tmp_path / "my-adapter" / "README.md").read_text()
     names = {"base_model": base, "config": base.config}
@@ -254,20 +258,20 @@ def test_the_section_describes_the_saved_layers(tmp_path, bert):
     assert card.layers_table(saved.layers) in text
     assert [layer.name for layer in saved.layers if layer.rank is None] == [dense.name]
     assert (saved.base_class, saved.num_labels) == ("BertForSequenceClassification", 3)
-    assert card.settings_table(model.peft_config["default"].shown_settings()) in text
-    assert "| `init_rank` | `0.5` |" in text
+    assert card.settings_table(model.peft_config["default"].resolved().shown()) in text
+    assert "| `rank` | `0.5` |" in text
 
 
 def test_the_method_of_a_residual_adapter_is_another_one(tmp_path, bert):
-    get_peft_model(bert, OIALRConfig(residual=True)).save_pretrained(tmp_path)
+    get_peft_model(bert, OIALRConfig(mode="adapter")).save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert card.RESIDUAL_METHOD in text
+    assert card.CORRECTION_METHOD in text
     assert card.METHOD not in text
 
 
 def test_other_adapters_have_sections_on_the_card_that_the_hub_shows(tmp_path, bert):
     model = adapted(bert)
-    model.add_adapter("second", OIALRConfig(**{**FACTORED, "init_rank": 2}))
+    model.add_adapter("second", OIALRConfig(**{"mode": "replace", **FACTORED, "rank": 2}))
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert not (tmp_path / "second" / "README.md").exists()
@@ -293,7 +297,7 @@ def test_other_processes_than_the_main_one_write_no_card(tmp_path, bert):
 
 def test_an_adapter_that_transformers_saves_has_a_card_too(tmp_path, make_model):
     model = make_model("bert", torch.float32)
-    model.add_adapter(OIALRConfig(**FACTORED), adapter_name="mine")
+    model.add_adapter(OIALRConfig(**{"mode": "replace", **FACTORED}), adapter_name="mine")
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.count("<!-- oialr_peft: adapter mine -->") == 1

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from oialr_peft import OIALRConfig, OIALRTrainer, save_low_rank
 from oialr_peft.tuner.layer import OIALRLinear
 
-FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 3, "init_weights": False}
+FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 3, "init_weights": False}
 LAYER = "base_model.model.bert.encoder.layer.0.attention.self.query"
 
 pytestmark = [
@@ -30,7 +30,9 @@ pytestmark = [
 def saved(tmp_path_factory, make_model):
     """A saved adapter; tests work on copies."""
     directory = tmp_path_factory.mktemp("saved")
-    get_peft_model(make_model("bert"), OIALRConfig(**FACTORED)).save_pretrained(directory / "adapter")
+    get_peft_model(make_model("bert"), OIALRConfig(**{"mode": "replace", **FACTORED})).save_pretrained(
+        directory / "adapter"
+    )
     return directory / "adapter"
 
 
@@ -161,7 +163,7 @@ def test_an_adapter_of_another_model_is_refused(saved, gpt2):
 
 @pytest.mark.parametrize("damage", [smaller_rank, other_model], ids=lambda damage: damage.__name__)
 def test_a_run_is_not_resumed_from_a_damaged_checkpoint(damage, adapter, saved, bert, tmp_path):
-    model = get_peft_model(bert, OIALRConfig(**FACTORED))
+    model = get_peft_model(bert, OIALRConfig(**{"mode": "replace", **FACTORED}))
     trainer = OIALRTrainer(model, TrainingArguments(tmp_path / "run", report_to=[], use_cpu=True))
     trainer._load_from_checkpoint(str(saved))
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -174,7 +176,7 @@ def test_a_run_is_not_resumed_from_a_damaged_checkpoint(damage, adapter, saved, 
 @pytest.mark.parametrize("name", ["", ".oialr_sigma"])
 def test_neither_the_whole_model_nor_a_part_of_the_adapter_is_a_module_to_save(name):
     with pytest.raises(ValueError, match="`modules_to_save` must be a list of module names"):
-        OIALRConfig(modules_to_save=["classifier", name])
+        OIALRConfig(mode="replace", modules_to_save=["classifier", name])
 
 
 def test_a_configuration_without_its_weights_is_refused(adapter, bert):
@@ -187,7 +189,7 @@ def test_a_configuration_without_its_weights_is_refused(adapter, bert):
 @pytest.fixture
 def pretrained(tmp_path, make_model):
     """An adapter that holds everything."""
-    get_peft_model(make_model("bert"), OIALRConfig(pretraining=True, **FACTORED)).save_pretrained(tmp_path / "all")
+    get_peft_model(make_model("bert"), OIALRConfig(mode="pretraining", **FACTORED)).save_pretrained(tmp_path / "all")
     return tmp_path / "all"
 
 
@@ -227,7 +229,10 @@ def test_a_tensor_without_a_place_is_named(pretrained, bert):
 
 @pytest.fixture
 def standalone(tmp_path, make_model):
-    save_low_rank(get_peft_model(make_model("bert"), OIALRConfig(**FACTORED)), tmp_path / "model")
+    save_low_rank(
+        get_peft_model(make_model("bert"), OIALRConfig(**{"mode": "replace", **FACTORED})),
+        tmp_path / "model",
+    )
     return tmp_path / "model"
 
 

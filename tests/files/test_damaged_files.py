@@ -26,14 +26,14 @@ from transformers.utils import logging as transformers_logging
 
 from oialr_cli.output import inspection_text
 from oialr_peft import OIALRCallback, OIALRConfig, OIALRController, save_low_rank
+from oialr_peft.engine.state import STATE_NAME, read_state
 from oialr_peft.storage.conversion import convert
 from oialr_peft.storage.inspection import inspect_checkpoint
 from oialr_peft.storage.record import RECORD_NAME, read_record, write_record
-from oialr_peft.trainer.trainer import STATE_NAME, read_state
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 3}
+FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 3}
 
 
 def cases(some: int, many: int) -> pytest.MarkDecorator:
@@ -115,8 +115,8 @@ def network() -> nn.Module:
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "replace": {**FACTORED, "modules_to_save": ["head"], "bias": "oialr_only"},
-    "residual": {"residual": True, "init_rank": 2},
-    "pretraining": {"pretraining": True, **FACTORED},
+    "residual": {"mode": "adapter", "rank": 2},
+    "pretraining": {"mode": "pretraining", **FACTORED},
 }
 
 
@@ -125,7 +125,10 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Saved adapters of `network`; one layer of that with `pretraining` is dense."""
     root = tmp_path_factory.mktemp("adapters")
     for name, settings in ADAPTERS.items():
-        model = get_peft_model(network(), OIALRConfig(target_modules=["up", "down"], init_weights=False, **settings))
+        model = get_peft_model(
+            network(),
+            OIALRConfig(target_modules=["up", "down"], init_weights=False, **{"mode": "replace", **settings}),
+        )
         if name == "pretraining":
             adapter_layers(model)["up"].set_dense("default", torch.randn(5, 6))
         model.save_pretrained(root / name)
@@ -190,7 +193,10 @@ def not_read_by_this_package(directory: Path) -> bool:
 def standalone(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., nn.Module]) -> Path:
     """A standalone low-rank checkpoint in shards."""
     directory = tmp_path_factory.mktemp("standalone") / "model"
-    adapted = get_peft_model(make_model("bert", torch.float32), OIALRConfig(task_type="SEQ_CLS", **FACTORED))
+    adapted = get_peft_model(
+        make_model("bert", torch.float32),
+        OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **FACTORED}),
+    )
     with noted():
         save_low_rank(adapted, directory, max_shard_size="3KB")
     return directory
@@ -322,7 +328,7 @@ def comparable(controller: OIALRController) -> str:
 
 @cases(200, 2100)
 def test_a_damaged_state_is_refused_with_the_schedule_as_it_was_or_loaded(count: int, tmp_path: Path):
-    config = OIALRConfig(target_modules=["up", "down"], update_every=3, delay=6)
+    config = OIALRConfig(mode="replace", target_modules=["up", "down"], update_every=3, delay=6)
     model = get_peft_model(network(), config)
     callback = controlled(model)
     assert callback.controller is not None

@@ -28,8 +28,8 @@ from oialr_peft.storage.record import write_record
 from oialr_peft.trainer.trainer import last_complete_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The factors of the .* layers hold:UserWarning")  # of tiny layers
-FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 3}
-RESIDUAL = {"residual": True, "init_rank": 2}
+FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 3}
+RESIDUAL = {"mode": "adapter", "rank": 2}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -79,7 +79,8 @@ SAVES: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
 
 def model_of(make_model: Callable[..., nn.Module], settings: dict[str, Any]) -> PeftModel:
     return get_peft_model(
-        make_model("bert", torch.float32), OIALRConfig(task_type="SEQ_CLS", init_weights=False, **settings)
+        make_model("bert", torch.float32),
+        OIALRConfig(task_type="SEQ_CLS", init_weights=False, **{"mode": "replace", **settings}),
     )
 
 
@@ -171,7 +172,7 @@ def test_a_run_whose_disk_is_full_resumes_from_its_last_checkpoint(failing, tmp_
     before = contents(tmp_path / "checkpoint-6")
     writer = {
         "adapter": "peft.peft_model.safe_save_file",
-        "state": "oialr_peft.trainer.trainer.save_file",
+        "state": "oialr_peft.engine.state.save_file",
     }
     monkeypatch.setattr(writer[failing], no_space)
     with pytest.raises(OSError, match="No space left on device"):
@@ -191,7 +192,7 @@ def test_a_checkpoint_of_an_earlier_run_that_is_written_over_in_part_is_not_comp
     options = {"save_strategy": "steps", "save_steps": 6, "max_steps": 6}
     trained(tmp_path, model=adapted(), **options)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
-    monkeypatch.setattr("oialr_peft.trainer.trainer.save_file", no_space)
+    monkeypatch.setattr("oialr_peft.engine.state.save_file", no_space)
     with pytest.raises(OSError, match="No space left on device"):
         trained(tmp_path, model=adapted(), **options)
     assert (tmp_path / "checkpoint-6" / "oialr_state.safetensors").is_file()

@@ -45,7 +45,7 @@ from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.engine.check import Check
 from oialr_peft.linalg.basis import SKETCH_COLUMNS
 from oialr_peft.parallel.distributed import Job, Processes, longest_first
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 # ---- equality --------------------------------------------------------------------------------------------------------
 
@@ -108,15 +108,15 @@ def test_processes_stay_equal_in_half_precision_and_with_uneven_batches(two, opt
         {"stability_storage": "bf16"},
         {"stability_storage": "cpu"},
         {"shrink": "mask"},
-        {"freeze_when": "delay", "delay": 0, "init_rank": 0.5, "stability_threshold": 1.0},
-        {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5},
+        {"freeze_when": "delay", "delay": 0, "rank": 0.5, "stability_threshold": 1.0},
+        {"mode": "adapter", "delay": 0, "cutoff": 0.5},
         {"layers_per_update": 0.4},
     ],
     ids=str,
 )
 def test_every_mode_trains_as_one_process_does(two, settings):
     settings = {**STABLE, **settings}
-    if settings.get("residual"):
+    if settings.get("mode") == "adapter":
         settings.pop("stability_threshold")
     results = two.run(train, settings)
     assert_equal_processes(results)
@@ -138,7 +138,7 @@ def random_schedule(seed: int) -> tuple[dict, dict]:
         "max_rank_drop": draw.choice([0.1, 0.5, 0.9]),
         "min_rank": draw.choice([1, 2, 0.2]),
         "layers_per_update": draw.choice([0.1, 0.5, 1.0]),
-        "init_rank": draw.choice([None, None, 0.5, 5]),
+        "rank": draw.choice([None, None, 0.5, 5]),
         "stability_storage": draw.choice(["sketch", "full", "bf16", "cpu"]),
         "shrink": draw.choice(["physical", "physical", "mask"]),
         "pretraining": draw.random() < 0.7,
@@ -183,7 +183,7 @@ def train_on_digits(steps: int) -> dict:
     dataset = list(zip(images, torch.tensor(data.target)))
     settings = {"delay": 4, "update_every": 4, "stability_threshold": 0.991, "cutoff": 0.1, "max_rank_drop": 0.2}
     torch.manual_seed(0)
-    model = get_peft_model(demo_model().double(), OIALRConfig(pretraining=True, **settings))
+    model = get_peft_model(demo_model().double(), OIALRConfig(mode="pretraining", **settings))
     accelerator = Accelerator(cpu=True)
     loader = torch.utils.data.DataLoader(
         dataset, 32 // accelerator.num_processes, shuffle=True, generator=torch.Generator().manual_seed(1)
@@ -232,7 +232,7 @@ def train_and_count(settings, width: int, steps: int) -> list[dict]:
     """Bytes of gradients in each step, and bytes, tensors and decompositions in each check of this process."""
     torch.manual_seed(0)
     layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(4)))
-    model = get_peft_model(layers, OIALRConfig(pretraining=True, target_modules="all-linear", **settings))
+    model = get_peft_model(layers, OIALRConfig(mode="pretraining", target_modules="all-linear", **settings))
     wrapped = DistributedDataParallel(model)
     real_broadcast, real_reduce, real_decompose = dist.broadcast, dist.all_reduce, check_module.decompose
     counted = {"gradient": 0, "sent": 0, "agreed": 0, "tensors": 0, "decomposed": 0}
@@ -280,7 +280,7 @@ def train_and_count(settings, width: int, steps: int) -> list[dict]:
 
 def test_after_the_freeze_only_cores_are_reduced_and_bases_never_except_in_checks(two):
     width, rank, steps = 160, 40, 10
-    settings = {"freeze_when": "delay", "delay": 4, "update_every": 2, "init_rank": rank, "cutoff": 0.0}
+    settings = {"freeze_when": "delay", "delay": 4, "update_every": 2, "rank": rank, "cutoff": 0.0}
     results = two.run(train_and_count, settings, width, steps)
     dense, core, sketch = 4 * width**2, 4 * rank**2, 4 * width * SKETCH_COLUMNS
     changed = 4 * (2 * width * rank) + 3 * core  # U, Vᵀ, Σ, and both moments of Σ
@@ -354,7 +354,7 @@ def train_and_watch_buckets() -> tuple[int, int, int]:
     """Buckets of the dense phase that are alive before the freeze and after it, and how many there are after it."""
     torch.manual_seed(0)
     schedule = {"freeze_when": "delay", "delay": 3, "update_every": 1, "cutoff": 0.5}
-    model = get_peft_model(Tower(), OIALRConfig(pretraining=True, exclude_modules=["head"], **schedule))
+    model = get_peft_model(Tower(), OIALRConfig(mode="pretraining", exclude_modules=["head"], **schedule))
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     seen: list[weakref.ref] = []
 
@@ -390,7 +390,7 @@ def test_the_freeze_frees_the_buckets_of_the_dense_gradients(two):
 
 def tower():
     torch.manual_seed(0)
-    return get_peft_model(Tower(), OIALRConfig(exclude_modules=["head"]))
+    return get_peft_model(Tower(), OIALRConfig(mode="replace", exclude_modules=["head"]))
 
 
 def controlled(wrapped, optimizer=None):
@@ -443,7 +443,7 @@ def make_tensor_parallel():
 
 def make_different_settings():
     torch.manual_seed(0)
-    config = OIALRConfig(pretraining=True, cutoff=0.1 * (1 + dist.get_rank()))
+    config = OIALRConfig(mode="pretraining", cutoff=0.1 * (1 + dist.get_rank()))
     controlled(DistributedDataParallel(get_peft_model(Tower(), config)))
 
 
@@ -497,7 +497,7 @@ def test_what_cannot_work_is_refused_at_the_start_on_every_process(two):
 def test_what_processes_compare_says_nothing_of_their_devices():
     """Each has a GPU of its own, whose number PyTorch shows when it prints a parameter."""
     layers = adapter_layers(tower())
-    _, _, shapes = controller_module._settings_of(OIALRConfig(), 10, layers)
+    _, _, shapes = controller_module._shared_facts(OIALRConfig(mode="replace").resolved(), 10, layers)
     assert shapes["up"] == [16, 12, "default: dense"]
     assert set(shapes) == {"up", "middle", "down"}
 
@@ -559,7 +559,7 @@ def test_join_is_refused(two):
 
 def train_with_fault(fault: str) -> None:
     torch.manual_seed(0)
-    model = get_peft_model(Tower(), OIALRConfig(pretraining=True, update_every=1, exclude_modules=["head"]))
+    model = get_peft_model(Tower(), OIALRConfig(mode="pretraining", update_every=1, exclude_modules=["head"]))
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters())
     controller = OIALRController(wrapped, optimizer, total_steps=100)
@@ -571,7 +571,7 @@ def train_with_fault(fault: str) -> None:
         if faulty and fault == "nan":
             adapter_layers(model)["middle"].trained_parameter("default").data[2, 1] = float("nan")
         if faulty and fault == "step missed":
-            controller._steps -= 1
+            controller._state.steps -= 1
         if faulty and fault == "decomposition":
 
             def failing(weights):
@@ -607,7 +607,9 @@ def test_processes_at_different_steps_stop(two):
 def train_with_broken_state() -> dict:
     """Second moments overflow on process 0 alone, just before the check that factors every layer."""
     torch.manual_seed(0)
-    config = OIALRConfig(update_every=1, freeze_when="delay", delay=3, cutoff=0.3, exclude_modules=["head"])
+    config = OIALRConfig(
+        mode="replace", update_every=1, freeze_when="delay", delay=3, cutoff=0.3, exclude_modules=["head"]
+    )
     model = get_peft_model(Tower(), config)
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters())

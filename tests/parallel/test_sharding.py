@@ -35,7 +35,7 @@ from torch.testing import assert_close
 import oialr_peft.parallel.distributed as distributed_module
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.engine.check import Check
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 # ---- equality --------------------------------------------------------------------------------------------------------
 
@@ -79,13 +79,13 @@ def alone() -> Iterator[None]:
         {},
         {"shrink": "mask", "layers_per_update": 0.4},
         {"max_output_loss": 0.01, "max_rank_drop": 0.5},
-        {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5},
+        {"mode": "adapter", "delay": 0, "cutoff": 0.5},
     ],
     ids=str,
 )
 def test_one_process_with_sharded_parameters_trains_as_without(request, settings, optimizer):
     settings = {**STABLE, **settings}
-    if settings.get("residual"):
+    if settings.get("mode") == "adapter":
         settings.pop("stability_threshold")
     options = {"optimizer": optimizer, "fsdp": {}}
     plain = train(settings, options)
@@ -101,7 +101,7 @@ def test_one_process_with_sharded_parameters_trains_as_without(request, settings
 
 @pytest.mark.usefixtures("alone")
 def test_one_process_with_sharded_parameters_names_what_is_not_finite():
-    config = OIALRConfig(exclude_modules=["head"], pretraining=True, update_every=1, delay=4)
+    config = OIALRConfig(exclude_modules=["head"], mode="pretraining", update_every=1, delay=4)
     model = get_peft_model(Tower(), config)
     wrapped = shard(model)
     controller = OIALRController(wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.1), total_steps=8)
@@ -116,9 +116,9 @@ def test_one_process_with_sharded_parameters_names_what_is_not_finite():
     "settings",
     [
         {"stability_storage": "full"},
-        {"freeze_when": "delay", "delay": 0, "init_rank": 0.5, "stability_threshold": 1.0},
-        {"pretraining": False},
-        {"pretraining": False, "residual": True, "delay": 0, "cutoff": 0.5},
+        {"freeze_when": "delay", "delay": 0, "rank": 0.5, "stability_threshold": 1.0},
+        {"mode": "replace"},
+        {"mode": "adapter", "delay": 0, "cutoff": 0.5},
         {"layers_per_update": 0.4},
         {"min_rank": 1, "cutoff": 0.9, "max_rank_drop": 0.9},  # fewer directions than processes
     ],
@@ -126,7 +126,7 @@ def test_one_process_with_sharded_parameters_names_what_is_not_finite():
 )
 def test_every_mode_trains_sharded_as_one_process_does(two, settings):
     settings = {**STABLE, **settings}
-    if settings.get("residual"):
+    if settings.get("mode") == "adapter":
         settings.pop("stability_threshold")
     results = two.run(train, settings, {"fsdp": {}})
     assert_equal_processes(results)
@@ -212,7 +212,7 @@ def run_sharded(directory, kind, shrink, *, start=0, stop=20, save=None, **optio
     accelerator = sharded_accelerator(kind, **options)
     torch.manual_seed(0)
     settings = {"delay": 4, "update_every": 4, "stability_threshold": 0.991, "cutoff": 0.1, "max_rank_drop": 0.2}
-    model = get_peft_model(demo_model().double(), OIALRConfig(pretraining=True, shrink=shrink, **settings))
+    model = get_peft_model(demo_model().double(), OIALRConfig(mode="pretraining", shrink=shrink, **settings))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     controller = OIALRController(wrapped, optimizer, total_steps=20)
@@ -259,7 +259,7 @@ def test_a_sharded_run_resumes_exactly_and_loads_into_one_process(two, tmp_path,
     assert max(part["held"] for part in whole_run) <= 0.51 * whole_run[0]["parameters"]
 
     torch.manual_seed(0)
-    model = get_peft_model(demo_model().double(), OIALRConfig(pretraining=True))
+    model = get_peft_model(demo_model().double(), OIALRConfig(mode="pretraining"))
     file = tmp_path / "parts" / "pytorch_model_fsdp.bin"
     if kind == "SHARDED_STATE_DICT":
         file = tmp_path / "merged.pt"
@@ -314,7 +314,7 @@ def test_the_trainer_trains_saves_and_resumes_with_sharded_parameters(two, tmp_p
 
 def test_ranks_are_matched_only_with_a_state_of_the_same_layers(tmp_path):
     accelerator = Accelerator(cpu=True)
-    model = get_peft_model(demo_model(), OIALRConfig(pretraining=True, update_every=1))
+    model = get_peft_model(demo_model(), OIALRConfig(mode="pretraining", update_every=1))
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     controller = OIALRController(model, optimizer, total_steps=4)
     with pytest.raises(ValueError, match=r"has no oialr_ranks.json. Call `controller.register\(accelerator\)`"):

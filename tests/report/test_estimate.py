@@ -23,9 +23,9 @@ from oialr_peft.report.estimate import estimate
 
 TOKENS = 64
 SETTINGS = {
-    "replace": {"freeze_when": "delay", "delay": 0, "init_rank": 0.25},
-    "pretraining": {"freeze_when": "delay", "delay": 0, "init_rank": 0.25, "pretraining": True},
-    "residual": {"residual": True, "init_rank": 0.25},
+    "replace": {"freeze_when": "delay", "delay": 0, "rank": 0.25},
+    "pretraining": {"freeze_when": "delay", "delay": 0, "rank": 0.25, "mode": "pretraining"},
+    "adapter": {"mode": "adapter", "rank": 0.25},
 }
 
 
@@ -53,11 +53,14 @@ def directory(config, tmp_path_factory):
 @pytest.mark.parametrize("mode", SETTINGS)
 def test_parameters_are_those_of_the_model(mode, config, directory):
     found = estimate(directory, mode=mode, tokens=TOKENS)
-    model = get_peft_model(LlamaForCausalLM(config), OIALRConfig(task_type="CAUSAL_LM", **SETTINGS[mode]))
+    model = get_peft_model(
+        LlamaForCausalLM(config),
+        OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **SETTINGS[mode]}),
+    )
     factored = found.phases[-1]
     assert factored.parameters == sum(p.numel() for p in model.parameters())
     assert factored.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    names = {"residual": ["dense", "OIALR, factored"]}.get(mode, ["dense", "OIALR, dense phase", "OIALR, factored"])
+    names = {"adapter": ["dense", "OIALR, factored"]}.get(mode, ["dense", "OIALR, dense phase", "OIALR, factored"])
     assert [phase.name for phase in found.phases] == names
 
 
@@ -87,9 +90,9 @@ def test_flops_of_factored_layers_are_those_of_the_routes(config, directory):
     found = estimate(directory, mode="pretraining", rank=4, tokens=TOKENS)
     layers = sum(shape.layers * route_cost(shape.out_features, shape.in_features, 4, TOKENS) for shape in found.shapes)
     assert found.phases[-1].training_flops == pytest.approx(2 * layers / TOKENS + 6 * 32 * 40)
-    residual = estimate(directory, mode="residual", rank=4, tokens=TOKENS)
-    base = sum(2 * shape.layers * shape.out_features * shape.in_features for shape in residual.shapes)
-    assert residual.phases[-1].training_flops == pytest.approx(2 * (layers / TOKENS + base) + 4 * 32 * 40)
+    correction = estimate(directory, mode="adapter", rank=4, tokens=TOKENS)
+    base = sum(2 * shape.layers * shape.out_features * shape.in_features for shape in correction.shapes)
+    assert correction.phases[-1].training_flops == pytest.approx(2 * (layers / TOKENS + base) + 4 * 32 * 40)
 
 
 def test_shapes_are_counted(directory):

@@ -21,9 +21,9 @@ from oialr_peft.report.plots import layers_of, trainable_at
 from oialr_peft.report.run import run_report
 from oialr_peft.report.spectra import spectra_of_checkpoint, spectra_of_model
 from oialr_peft.storage.record import RECORD_NAME, find_record, read_record, write_record
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
-FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 3}
+FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 3}
 pytestmark = pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning")
 
 
@@ -57,7 +57,7 @@ def pages(run):
 
 
 def test_the_table_has_sums_and_shares(mlp):
-    model = get_peft_model(mlp, OIALRConfig(target_modules=["up", "down"], **FACTORED))
+    model = get_peft_model(mlp, OIALRConfig(target_modules=["up", "down"], **{"mode": "replace", **FACTORED}))
     table = rank_table(model)
     lines = str(table).splitlines()
     assert lines[0].split() == ["layer", "shape", "rank", "of", "share", "phase", "trainable", "stored", "compression"]
@@ -68,7 +68,7 @@ def test_the_table_has_sums_and_shares(mlp):
 
 
 def test_long_names_lose_their_middle(mlp):
-    table = rank_table(get_peft_model(mlp, OIALRConfig(target_modules=["up"], **FACTORED)))
+    table = rank_table(get_peft_model(mlp, OIALRConfig(target_modules=["up"], **{"mode": "replace", **FACTORED})))
     table[0] = table[0]._replace(name="block." * 30 + "up")
     first = str(table).splitlines()[2].split()[0]
     assert len(first) == 56
@@ -136,7 +136,7 @@ def test_lines_follow_the_ranks():
 
 def test_a_metric_and_spectra_have_plots_of_their_own(mlp):
     made = record()
-    model = get_peft_model(mlp, OIALRConfig(target_modules=["up", "down"], **FACTORED))
+    model = get_peft_model(mlp, OIALRConfig(target_modules=["up", "down"], **{"mode": "replace", **FACTORED}))
     figure = plot_history(made.history, metric=made.log, spectra=model)
     assert panels(figure)[3:] == ["eval_loss against trainable parameters", "Spectrum of Σ"]
     points = figure.axes[3].lines[1].get_data()
@@ -155,7 +155,7 @@ def test_a_metric_that_was_not_logged_is_named():
 
 
 def test_spectra_of_model_and_checkpoint_are_singular_values(mlp, tmp_path):
-    model = get_peft_model(mlp, OIALRConfig(target_modules=["up", "down"], **FACTORED))
+    model = get_peft_model(mlp, OIALRConfig(target_modules=["up", "down"], **{"mode": "replace", **FACTORED}))
     for layer in adapter_layers(model).values():
         torch.nn.init.normal_(layer.trained_parameter("default"))  # as after training: not diagonal
     model.save_pretrained(tmp_path)

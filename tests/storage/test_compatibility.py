@@ -30,13 +30,13 @@ from torch.testing import assert_close
 from transformers import BertForSequenceClassification, TrainerCallback
 
 from oialr_peft import OIALRConfig
-from oialr_peft.engine import controller
+from oialr_peft.engine import state as state_module
+from oialr_peft.engine.state import STATE_NAME, read_state
 from oialr_peft.storage import low_rank
 from oialr_peft.storage.inspection import inspect_checkpoint
 from oialr_peft.storage.record import FORMAT_VERSION, RECORD_NAME, read_record
-from oialr_peft.trainer.trainer import STATE_NAME, read_state
 from oialr_peft.tuner import config
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 FORMATS = sorted(DATA.glob("format-*"))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32, on any machine
@@ -96,7 +96,7 @@ def test_a_training_goes_on_where_it_was(directory, tmp_path):
     case = directory / "training"
     given = expected(case)
     answer, checkpoint = given.pop("output"), case / f"checkpoint-{SAVED_AT}"
-    model = get_peft_model(base_of(case, bert()), OIALRConfig(task_type="SEQ_CLS", **TRAINING))
+    model = get_peft_model(base_of(case, bert()), OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **TRAINING}))
     resumed, begin = trainer(model, tmp_path, save_strategy="no"), AtBegin()
     begin.trainer, begin.given = resumed, given
     resumed.add_callback(begin)
@@ -165,10 +165,13 @@ def test_a_later_state_of_a_training_is_refused_with_the_remedy(newest, tmp_path
     checkpoint = newest / "training" / f"checkpoint-{SAVED_AT}"
     state = read_state(checkpoint / STATE_NAME)
     bases = state.pop("bases")
-    header = json.dumps(state | {"format_version": controller.FORMAT_VERSION + 1})
+    header = json.dumps(state | {"format_version": state_module.FORMAT_VERSION + 1})
     save_file(bases, checkpoint / STATE_NAME, {"oialr": header})
-    model = get_peft_model(base_of(newest / "training", bert()), OIALRConfig(task_type="SEQ_CLS", **TRAINING))
-    message = rf"{STATE_NAME}` .*has format {controller.FORMAT_VERSION + 1}; this release reads up to .*\. Upgrade"
+    model = get_peft_model(
+        base_of(newest / "training", bert()),
+        OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **TRAINING}),
+    )
+    message = rf"{STATE_NAME}` .*has format {state_module.FORMAT_VERSION + 1}; this release reads up to .*\. Upgrade"
     with pytest.raises(ValueError, match=message):
         trainer(model, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
 

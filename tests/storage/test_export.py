@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from oialr_peft import OIALRConfig, save_dense, save_lora, save_low_rank, to_dense
 from oialr_peft.storage.low_rank import LowRankConfig, LowRankLinear
 from oialr_peft.tuner.attention import SplitAttention
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),
@@ -53,8 +53,8 @@ CLASSES = {
 
 def factored(model, **settings):
     """Factored at half of full rank, with a Σ that is not diagonal."""
-    settings = {"freeze_when": "delay", "delay": 0, "init_rank": 0.5, "init_weights": False, **settings}
-    return get_peft_model(model, OIALRConfig(**settings)).eval()
+    settings = {"freeze_when": "delay", "delay": 0, "rank": 0.5, "init_weights": False, **settings}
+    return get_peft_model(model, OIALRConfig(**{"mode": "replace", **settings})).eval()
 
 
 def files_of(directory):
@@ -98,7 +98,7 @@ def test_the_file_is_as_large_as_its_factors(tmp_path):
     config = LlamaConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
     )
-    model = factored(LlamaForCausalLM(config), init_rank=0.25)
+    model = factored(LlamaForCausalLM(config), rank=0.25)
     save_low_rank(model, tmp_path)
     layers = adapter_layers(model).values()
     factors = sum((a.out_features + a.in_features) * a.rank("default") + a.rank("default") ** 2 for a in layers)
@@ -108,7 +108,7 @@ def test_the_file_is_as_large_as_its_factors(tmp_path):
 
 
 def test_ranks_that_save_no_space_give_a_warning(tmp_path, make_model):
-    model = factored(make_model("bert"), init_rank=7)
+    model = factored(make_model("bert"), rank=7)
     with pytest.warns(UserWarning, match=r"the ranks are too high to save space\. `save_dense` writes the smaller"):
         save_low_rank(model, tmp_path)
 
@@ -227,11 +227,11 @@ def test_what_cannot_be_stored_by_its_factors_is_refused(tmp_path, mlp, make_mod
         save_low_rank(factored(mlp), tmp_path)
     with pytest.raises(ValueError, match="has no OIALR adapter"):
         save_low_rank(make_model("bert"), tmp_path)
-    with pytest.raises(ValueError, match="is residual, merged, or on top"):
-        save_low_rank(get_peft_model(make_model("bert"), OIALRConfig(residual=True)), tmp_path)
+    with pytest.raises(ValueError, match="is a correction, merged, or on top"):
+        save_low_rank(get_peft_model(make_model("bert"), OIALRConfig(mode="adapter")), tmp_path)
     merged = factored(make_model("bert"))
     merged.merge_adapter()
-    with pytest.raises(ValueError, match="is residual, merged, or on top"):
+    with pytest.raises(ValueError, match="is a correction, merged, or on top"):
         save_low_rank(merged, tmp_path)
     mixed = factored(make_model("bert"), target_modules=["query"])
     inject_adapter_in_model(LoraConfig(target_modules=["value"]), mixed.get_base_model(), "other")
@@ -266,7 +266,7 @@ def test_a_checkpoint_of_a_later_format_or_another_model_is_refused(tmp_path, ma
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_a_residual_adapter_becomes_a_lora_adapter_exactly(name, tmp_path, make_model, make_inputs, outputs_of):
-    model = factored(make_model(name), residual=True, delay=None, freeze_when="stable", init_rank=3)
+    model = factored(make_model(name), mode="adapter", delay=None, freeze_when="stable", rank=3)
     save_as_lora(tmp_path, model, rank=3)
     loaded = PeftModel.from_pretrained(make_model(name), tmp_path, autocast_adapter_dtype=False).eval()
     assert loaded.peft_config["default"].peft_type.value == "LORA"
@@ -306,7 +306,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_convolutions_and_attention_are_stored_and_loaded(name, low_rank, tmp_path):
     make, cls, targets, size = OTHERS[name]
-    model = factored(make(), target_modules=targets, init_rank=3)
+    model = factored(make(), target_modules=targets, rank=3)
     pixels = {"pixel_values": torch.randn(2, 3, size, size, dtype=torch.float64)}
     if low_rank:
         save_low_rank(model, tmp_path)
@@ -332,10 +332,10 @@ def test_convolutions_and_attention_are_stored_and_loaded(name, low_rank, tmp_pa
 
 
 MODES = {
-    "dense": {"freeze_when": "stable", "delay": 2, "init_rank": None},
+    "dense": {"freeze_when": "stable", "delay": 2, "rank": None},
     "factored": {},
-    "residual": {"residual": True, "freeze_when": "stable", "delay": None},
-    "pretraining": {"pretraining": True},
+    "residual": {"mode": "adapter", "freeze_when": "stable", "delay": None},
+    "pretraining": {"mode": "pretraining"},
 }
 
 
@@ -388,7 +388,7 @@ def test_making_a_model_dense_in_place(tmp_path, make_model, make_inputs, output
 
 @pytest.mark.parametrize("save", [save_low_rank, save_dense, save_lora], ids=lambda save: save.__name__)
 def test_nothing_that_is_not_finite_is_written(save, tmp_path, make_model):
-    mode = {"residual": True, "freeze_when": "stable", "delay": None} if save is save_lora else {}
+    mode = {"mode": "adapter", "freeze_when": "stable", "delay": None} if save is save_lora else {}
     model = factored(make_model("bert"), **mode)
     with torch.no_grad():
         next(iter(adapter_layers(model).values())).trained_parameter("default")[0, 0] = torch.nan
@@ -414,7 +414,7 @@ def test_inputs_that_cannot_be_made_are_asked_for(tmp_path):
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-RESIDUAL = {"residual": True, "freeze_when": "stable", "delay": None, "init_rank": 3}
+RESIDUAL = {"mode": "adapter", "freeze_when": "stable", "delay": None, "rank": 3}
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
@@ -459,7 +459,7 @@ def test_a_trained_head_goes_with_the_lora_adapter(tmp_path, make_model, make_in
 
 
 def test_what_has_no_lora_counterpart_is_refused(tmp_path, make_model):
-    with pytest.raises(ValueError, match="Only residual adapters are low-rank corrections"):
+    with pytest.raises(ValueError, match="Only adapters with `mode=.adapter.` are low-rank corrections"):
         save_lora(factored(make_model("bert")), tmp_path)
     with pytest.raises(ValueError, match=r"attention\.in_proj` has no counterpart among PEFT's LoRA layers"):
         save_lora(factored(siglip(), target_modules=r".*head\.attention", **RESIDUAL), tmp_path)

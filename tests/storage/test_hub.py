@@ -13,7 +13,7 @@ from hub import HubClient, HubServer
 from hub_clients import OTHER_TOKEN, STRATEGIES, TOKEN
 from huggingface_hub import ModelCard
 
-from oialr_peft.trainer.trainer import STATE_NAME
+from oialr_peft.engine.state import STATE_NAME
 
 CLIENTS = hub_clients.__file__
 START, END = "<!-- oialr_peft: adapter default -->", "<!-- /oialr_peft: adapter default -->"

@@ -14,19 +14,20 @@ from tiny_runs import train
 
 from oialr_peft import OIALRConfig, save_low_rank
 from oialr_peft.storage.inspection import inspect_checkpoint
-from oialr_peft.tuner.model import adapter_layers, saved_model
+from oialr_peft.tuner.lookup import adapter_layers
+from oialr_peft.tuner.saved import saved_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),
     pytest.mark.filterwarnings("ignore:The factors of the .* layers hold:UserWarning"),  # of tiny layers
 ]
-FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 0.5}
+FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 0.5}
 
 
 @pytest.fixture
 def adapted(bert):
     """One layer is dense, the others are factored."""
-    model = get_peft_model(bert.float(), OIALRConfig(**FACTORED))
+    model = get_peft_model(bert.float(), OIALRConfig(**{"mode": "replace", **FACTORED}))
     dense = next(iter(adapter_layers(model).values()))
     dense.set_dense("default", torch.randn(dense.out_features, dense.in_features))
     return model
@@ -42,7 +43,7 @@ def test_an_adapter_is_what_was_saved(adapted, tmp_path):
     assert found.kind == "adapter"
     assert by_name(found.layers) == by_name(saved_model(adapted).layers)
     assert found.format_version == 1
-    assert found.settings["init_rank"] == 0.5
+    assert found.settings["rank"] == 0.5
     tensors = load_file(tmp_path / "adapter_model.safetensors").values()
     assert found.bytes == sum(tensor.nbytes for tensor in tensors)
     assert found.stored == sum(tensor.numel() for tensor in tensors)

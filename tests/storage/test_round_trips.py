@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from oialr_peft import OIALRConfig, OIALRController, save_dense, save_lora, save_low_rank
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head .* is not a target:UserWarning"),
@@ -145,7 +145,7 @@ FORMS = ("adapter", "low-rank", "dense", "residual", "lora")
 
 def trained(base: nn.Module, inputs: dict[str, Tensor], **settings: Any) -> nn.Module:
     """A model after a short training in which layers were factored and lost directions."""
-    model = get_peft_model(base, OIALRConfig(update_every=2, **settings))
+    model = get_peft_model(base, OIALRConfig(update_every=2, **{"mode": "replace", **settings}))
     # batch statistics of a ResNet change in training mode; the adapters alone shall train
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     controller = OIALRController(model, optimizer, total_steps=6)
@@ -169,7 +169,7 @@ def save_all(directory: Path, base: nn.Module, case: Case) -> dict[str, Tensor]:
     save_low_rank(replaced, directory / "low-rank")
     save_dense(replaced, directory / "dense", example_inputs=inputs)
     residual = trained(
-        copy.deepcopy(base), inputs, target_modules=case.lora_targets or targets, residual=True, init_rank=4, cutoff=0.3
+        copy.deepcopy(base), inputs, target_modules=case.lora_targets or targets, mode="adapter", rank=4, cutoff=0.3
     )
     residual.save_pretrained(directory / "residual")
     save_lora(residual, directory / "lora")
@@ -263,8 +263,8 @@ def test_models_with_real_weights_are_equal_in_every_form(make, tmp_path):
         before = base(**inputs)[0]
     expected, sizes = {}, {}
     for form, residual in (("adapter", False), ("residual", True)):
-        mode = {"residual": True, "init_rank": 16} if residual else {"freeze_when": "delay", "delay": 1}
-        model = get_peft_model(copy.deepcopy(base), OIALRConfig(**settings, **mode))
+        mode = {"mode": "adapter", "rank": 16} if residual else {"freeze_when": "delay", "delay": 1}
+        model = get_peft_model(copy.deepcopy(base), OIALRConfig(**{"mode": "replace", **settings, **mode}))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         controller = OIALRController(model, optimizer, total_steps=2)
         for _ in range(2):

@@ -30,8 +30,8 @@ FACTORED = {"freeze_when": "delay", "delay": 2, **CUT}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "dense": {"target_modules": ["up", "down"], "delay": 12, "update_every": 2},
     "replace": {"target_modules": ["up", "down"], "modules_to_save": ["head"], "bias": "oialr_only", **FACTORED},
-    "residual": {"target_modules": ["up", "down"], "residual": True, "init_rank": 4, **CUT},
-    "pretraining": {"target_modules": ["up", "down"], "pretraining": True, **FACTORED},
+    "residual": {"target_modules": ["up", "down"], "mode": "adapter", "rank": 4, **CUT},
+    "pretraining": {"target_modules": ["up", "down"], "mode": "pretraining", **FACTORED},
     "mask": {"target_modules": ["up", "down"], "shrink": "mask", **FACTORED},
     "convolution": {"target_modules": ["convolution"], **FACTORED},
     "attention": {"target_modules": ["attention"], **FACTORED},
@@ -137,7 +137,7 @@ def _keep(directory: Path, base: Mapping[str, Tensor], model: nn.Module, inputs:
 def _make_adapter(directory: Path, settings: dict[str, Any]) -> None:
     network = Network()
     base = {key: value.clone() for key, value in network.state_dict().items()}
-    model = get_peft_model(network, OIALRConfig(**settings))
+    model = get_peft_model(network, OIALRConfig(**{"mode": "replace", **settings}))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     inputs = {"x": torch.randn(8, 3, 6)}
@@ -156,8 +156,8 @@ def _make_adapter(directory: Path, settings: dict[str, Any]) -> None:
 def _make_standalone(directory: Path) -> None:
     base = bert()
     before = {key: value.clone() for key, value in base.state_dict().items()}
-    settings = {"freeze_when": "delay", "delay": 0, "init_rank": 3}
-    model = get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", **settings))
+    settings = {"freeze_when": "delay", "delay": 0, "rank": 3}
+    model = get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **settings}))
     _keep(directory, before, model, tokens())
     save_low_rank(model, directory / "checkpoint")
 
@@ -167,7 +167,7 @@ def _make_training(directory: Path) -> None:
     before = {key: value.clone() for key, value in base.state_dict().items()}
     with tempfile.TemporaryDirectory() as run:
         training = trainer(
-            get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", **TRAINING)),
+            get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **TRAINING})),
             Path(run),
             save_strategy="steps",
             save_steps=SAVED_AT,

@@ -95,7 +95,9 @@ def push_low_rank(directory: Path) -> None:
 
     from oialr_peft import OIALRConfig, save_low_rank
 
-    config = OIALRConfig(task_type="SEQ_CLS", freeze_when="delay", delay=0, init_rank=0.5, init_weights=False)
+    config = OIALRConfig(
+        mode="replace", task_type="SEQ_CLS", freeze_when="delay", delay=0, rank=0.5, init_weights=False
+    )
     model = get_peft_model(bert(), config)
     torch.save(logits(model), directory / "logits.pt")
     save_low_rank(model, directory / "low-rank", push_to_hub=True)
@@ -110,7 +112,7 @@ def trained_from_hub(directory: Path, **settings: Any) -> Any:
     from oialr_peft import OIALRConfig
 
     base = BertForSequenceClassification.from_pretrained("owner/base", num_labels=LABELS)
-    model = get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", **SETTINGS))
+    model = get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **SETTINGS}))
     return trained(
         directory,
         model=model,

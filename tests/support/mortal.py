@@ -92,7 +92,7 @@ def _trainer(directory: Path, case: str) -> str:
 
 def _loop(directory: Path) -> str:
     """A loop of one's own that saves beside the last state, and renames what is complete."""
-    config = OIALRConfig(**SETTINGS)
+    config = OIALRConfig(**{"mode": "replace", **SETTINGS})
     while True:
         done = finished_states(directory)
         last = directory / f"state-{done[-1]}" if done else None

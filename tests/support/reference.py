@@ -15,16 +15,16 @@ import numpy as np
 @dataclass
 class Settings:
     total_steps: int
-    delay: int
     update_every: int
+    delay: int = 0
     freeze_when: str = "stable"
     stability_threshold: float = 0.9
     cutoff: float = 0.1
     layers_per_update: float = 1.0
     max_rank_drop: float = 0.5
     min_rank: int = 1
-    init_rank: int | None = None
-    residual: bool = False
+    rank: int | None = None
+    mode: str = "replace"
     max_output_loss: float | None = None
     sigma_lr_scale: float | str = "norm"
 
@@ -74,11 +74,11 @@ class Layer:
     inputs: np.ndarray | None = None  # (batch, n), of the last step
     state: dict = field(default_factory=dict)  # of the optimizer
 
-    def weight(self, residual):
+    def weight(self, mode):
         if self.dense is not None:
             return self.dense
         product = self.u @ self.sigma @ self.vh
-        return self.base + product if residual else product
+        return self.base + product if mode == "adapter" else product
 
 
 def change_basis(state, p, q):
@@ -103,15 +103,15 @@ class Reference:
         self.sigma_updates = 0
         self.history = []
         for layer in self.layers:
-            if settings.residual or (settings.freeze_when == "delay" and settings.delay == 0):
+            if settings.mode == "adapter" or (settings.freeze_when == "delay" and settings.delay == 0):
                 self.factor(layer, layer.base)
-                if settings.residual:
+                if settings.mode == "adapter":
                     layer.sigma = np.zeros_like(layer.sigma)
             else:
                 layer.dense = layer.base.copy()
 
     def weights(self):
-        return [layer.weight(self.settings.residual) for layer in self.layers]
+        return [layer.weight(self.settings.mode) for layer in self.layers]
 
     def train_step(self, x, y):
         weights = self.weights()
@@ -148,7 +148,7 @@ class Reference:
     def factor(self, layer, weight):
         """Into singular directions."""
         u, d, vh = np.linalg.svd(weight, full_matrices=False)
-        rank = self.settings.init_rank or len(d)
+        rank = self.settings.rank or len(d)
         layer.u, layer.sigma, layer.vh = u[:, :rank], np.diag(d[:rank]), vh[:rank]
         layer.dense = layer.basis = None
         change_basis(layer.state, layer.u, layer.vh.T)
@@ -183,7 +183,7 @@ class Reference:
         before = len(d)
         above = int(np.sum(d >= s.cutoff * d[0]))
         if s.max_output_loss is not None:
-            output = layer.inputs @ (layer.u @ layer.sigma @ layer.vh + (layer.base if s.residual else 0)).T
+            output = layer.inputs @ (layer.u @ layer.sigma @ layer.vh + (layer.base if s.mode == "adapter" else 0)).T
             allowed = s.max_output_loss * np.sum(output**2)
             for needed in range(before + 1):
                 dropped = layer.inputs @ ((layer.u @ p)[:, needed:] @ np.diag(d[needed:]) @ (qh @ layer.vh)[needed:]).T

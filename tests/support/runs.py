@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForIm
 
 from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer
 from oialr_peft.parallel.sharding import whole
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 
 class Tower(nn.Module):
@@ -103,7 +103,7 @@ def train(settings, options=None) -> dict:
     torch.manual_seed(0)
     model = get_peft_model(
         Tower(**options["tower"]).to(options["dtype"]),
-        OIALRConfig(**{"exclude_modules": ["head"], "pretraining": True, **settings}),
+        OIALRConfig(**{"exclude_modules": ["head"], "mode": "pretraining", **settings}),
         autocast_adapter_dtype=False,
     )
     index, count = process_index(), process_count()
@@ -206,7 +206,7 @@ class StopAfter(TrainerCallback):
 def run_trainer(directory, *, stop=None, resume=None, kill=None, **settings) -> dict:
     """12 steps of a small ViT with a global batch of 16; `kill` names the method of the Trainer to die in."""
     schedule = {"update_every": 2, "delay": 4, "stability_threshold": 0.9, "cutoff": 0.3, "max_rank_drop": 0.3}
-    model = get_peft_model(vit(16, 2, 2, 24), OIALRConfig(pretraining=True, **schedule))
+    model = get_peft_model(vit(16, 2, 2, 24), OIALRConfig(mode="pretraining", **schedule))
     defaults = {
         "max_steps": 12,
         "learning_rate": 5e-3,

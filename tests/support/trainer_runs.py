@@ -17,8 +17,8 @@ CASES = {
     "replace": {},
     "sketch": {"stability_storage": "sketch"},
     "delay": {"freeze_when": "delay", "delay": 7},
-    "residual": {"residual": True, "delay": 0, "init_rank": 6},
-    "pretraining": {"pretraining": True},
+    "residual": {"mode": "adapter", "delay": 0, "rank": 6},
+    "pretraining": {"mode": "pretraining"},
     "mask": {"shrink": "mask"},
     "last layers first": {"layers_per_update": 0.2},
 }
@@ -55,7 +55,7 @@ def bert(**overrides):
 
 def adapted(**settings):
     settings = {"task_type": "SEQ_CLS", **SETTINGS, **settings}
-    return get_peft_model(bert(), OIALRConfig(**settings))
+    return get_peft_model(bert(), OIALRConfig(**{"mode": "replace", **settings}))
 
 
 def arguments(output_dir, **settings):

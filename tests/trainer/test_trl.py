@@ -25,7 +25,7 @@ from transformers import (
 from trl_models import WORDS, letters, llama, preferences, prompts, sentences, tokenizer
 
 from oialr_peft import OIALRCallback, OIALRConfig, OIALRTrainerMixin
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 pytest.importorskip("trl")
 from trl import (
@@ -51,8 +51,8 @@ PHASES = {
     "dense": {"delay": 6, "stability_threshold": 0.5, **CHECKS},
     "factored": {"freeze_when": "delay", "delay": 0, **CHECKS},
     "masked": {"freeze_when": "delay", "delay": 0, "shrink": "mask", **CHECKS},
-    "residual": {"residual": True, **CHECKS},
-    "pretraining": {"pretraining": True, "delay": 6, "stability_threshold": 0.5, **CHECKS},
+    "residual": {"mode": "adapter", **CHECKS},
+    "pretraining": {"mode": "pretraining", "delay": 6, "stability_threshold": 0.5, **CHECKS},
 }
 KEEPS_BASE = [phase for phase in PHASES if phase != "pretraining"]
 
@@ -130,7 +130,7 @@ def losses(trainer: Any) -> list[float]:
 
 
 def wrapped(phase: str, **fields: Any) -> PeftModel:
-    return get_peft_model(llama(), OIALRConfig(task_type="CAUSAL_LM", **{**PHASES[phase], **fields}))
+    return get_peft_model(llama(), OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **PHASES[phase], **fields}))
 
 
 def adapter_weights(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -169,7 +169,9 @@ def assert_trained_as_it_should(trainer: Any) -> None:
 
 @phases("dense", "residual", "pretraining")
 def test_sft_trains_an_adapter_that_it_makes_or_is_given(phase, tmp_path):
-    made = trained(OIALRSFTTrainer, tmp_path, llama(), OIALRConfig(task_type="CAUSAL_LM", **PHASES[phase]))
+    made = trained(
+        OIALRSFTTrainer, tmp_path, llama(), OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **PHASES[phase]})
+    )
     assert_trained_as_it_should(made)
     assert losses(made)[-1] < losses(made)[0]
     given = trained(OIALRSFTTrainer, tmp_path, wrapped(phase))
@@ -183,7 +185,7 @@ def test_sft_resumes_exactly(phase, tmp_path):
     whole = trained(OIALRSFTTrainer, tmp_path / "whole", wrapped(phase), **settings)
     for step in (4, 8):
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
-        config = OIALRConfig(task_type="CAUSAL_LM", **PHASES[phase])
+        config = OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **PHASES[phase]})
         resumed = trained(OIALRSFTTrainer, tmp_path / "resumed", llama(), config, resume=checkpoint)
         assert losses(resumed) == losses(whole)
         assert_equal_states(resumed.model, whole.model)
@@ -193,7 +195,9 @@ def test_sft_resumes_exactly(phase, tmp_path):
 def test_sft_with_the_callback_equals_sft_with_the_mixin(given, tmp_path):
     ours = trained(OIALRSFTTrainer, tmp_path, wrapped("dense"))
     callback = OIALRCallback()
-    model, config = (wrapped("dense"), None) if given else (llama(), OIALRConfig(**PHASES["dense"]))
+    model, config = (
+        (wrapped("dense"), None) if given else (llama(), OIALRConfig(**{"mode": "replace", **PHASES["dense"]}))
+    )
     theirs = trained(SFTTrainer, tmp_path, model, config, callbacks=[callback])
     assert_equal_states(theirs.model, ours.model)
     assert [update.ranks for update in callback.controller.history] == [
@@ -215,7 +219,7 @@ def test_sft_trains_a_conversation_and_a_model_of_conv1d(tmp_path):
         OIALRSFTTrainer,
         tmp_path,
         GPT2LMHeadModel(config),
-        OIALRConfig(task_type="CAUSAL_LM", **PHASES["dense"]),
+        OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **PHASES["dense"]}),
         train_dataset=Dataset.from_dict({"messages": talk}),
     )
     assert_trained_as_it_should(trainer)
@@ -263,7 +267,7 @@ def test_sft_trains_what_trl_casts_to_bfloat16_beside_a_quantized_model(phase, t
 
 
 def test_trl_refuses_an_adapter_on_the_head(tmp_path):
-    config = OIALRConfig(target_modules=["q_proj", "lm_head"])
+    config = OIALRConfig(mode="replace", target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
         trainer_of(OIALRSFTTrainer, tmp_path, llama(), config)
 
@@ -280,7 +284,7 @@ def reference_log_probs(trainer: Any) -> tuple[Tensor, Tensor]:
 
 @phases("dense", "residual", of=KEEPS_BASE)
 def test_dpo_starts_from_the_base_model_as_its_own_reference(phase, tmp_path):
-    config = OIALRConfig(task_type="CAUSAL_LM", **PHASES[phase])
+    config = OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **PHASES[phase]})
     trainer = trainer_of(OIALRDPOTrainer, tmp_path, llama(), config)
     expected = reference_log_probs(trainer_of(DPOTrainer, tmp_path, llama(), None, precompute_ref_log_probs=True))
     trainer.train()
@@ -333,7 +337,7 @@ def test_dpo_resumes_exactly(phase, given, tmp_path):
         torch.manual_seed(0)
         if given:
             return wrapped(phase, init_weights=False), None
-        return llama(), OIALRConfig(task_type="CAUSAL_LM", **PHASES[phase])
+        return llama(), OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **PHASES[phase]})
 
     settings = {"save_strategy": "steps", "save_steps": 8}
     whole = trained(OIALRDPOTrainer, tmp_path / "whole", *start(), **settings)
@@ -345,9 +349,12 @@ def test_dpo_resumes_exactly(phase, given, tmp_path):
 
 @phases("residual", of=KEEPS_BASE)
 def test_reference_log_probs_may_be_computed_before(phase, tmp_path):
-    config = OIALRConfig(task_type="CAUSAL_LM", **PHASES[phase])
+    config = OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **PHASES[phase]})
     expected = trained(OIALRDPOTrainer, tmp_path, llama(), config)
-    for model, fresh in ((llama(), OIALRConfig(task_type="CAUSAL_LM", **PHASES[phase])), (wrapped(phase), None)):
+    for model, fresh in (
+        (llama(), OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **PHASES[phase]})),
+        (wrapped(phase), None),
+    ):
         trainer = trained(OIALRDPOTrainer, tmp_path, model, fresh, precompute_ref_log_probs=True)
         assert losses(trainer) == pytest.approx(losses(expected), abs=1e-5)
 
@@ -359,8 +366,8 @@ def test_reference_log_probs_of_an_adapter_that_trl_left_empty_are_refused(tmp_p
 
 
 def test_without_base_weights_there_is_no_reference(tmp_path):
-    config = OIALRConfig(task_type="CAUSAL_LM", **PHASES["pretraining"])
-    with pytest.raises(RuntimeError, match=r"`pretraining=True` cannot be disabled: the base weights were released"):
+    config = OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **PHASES["pretraining"]})
+    with pytest.raises(RuntimeError, match=r"`mode=.pretraining.` cannot be disabled: the base weights were released"):
         trained(OIALRDPOTrainer, tmp_path, llama(), config)
     with pytest.raises(ValueError, match=r"exactly one adapter, but \['default', 'ref'\] were asked for"):
         trainer_of(OIALRDPOTrainer, tmp_path, wrapped("pretraining"))
@@ -371,7 +378,7 @@ def test_without_base_weights_there_is_no_reference(tmp_path):
 
 @phases("dense", of=["dense", "residual"])
 def test_a_reward_model_trains_with_its_head(phase, tmp_path):
-    config = OIALRConfig(task_type="SEQ_CLS", **PHASES[phase])
+    config = OIALRConfig(task_type="SEQ_CLS", **{"mode": "replace", **PHASES[phase]})
     trainer = trained(OIALRRewardTrainer, tmp_path, llama(LlamaForSequenceClassification), config)
     assert_trained_as_it_should(trainer)
     half = len(losses(trainer)) // 2
@@ -386,7 +393,11 @@ def variety(completions: list[str], **columns: Any) -> list[float]:
 @pytest.mark.parametrize("given", [False, True], ids=["peft_config", "PeftModel"])
 @phases("residual", of=["dense", "residual"])
 def test_grpo_stays_near_its_reference(phase, given, tmp_path):
-    start = (wrapped(phase, init_weights=False),) if given else (llama(), OIALRConfig(**PHASES[phase]))
+    start = (
+        (wrapped(phase, init_weights=False),)
+        if given
+        else (llama(), OIALRConfig(**{"mode": "replace", **PHASES[phase]}))
+    )
     trainer = trained(
         OIALRGRPOTrainer,
         tmp_path,

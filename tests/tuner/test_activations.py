@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.linalg.ops import build, build_cost, built_cost, cheapest_route, fold, narrow_cost, wide_cost
 from oialr_peft.tuner.layer import OIALRLinear
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 TOKENS, M, N, RANK = 40, 24, 16, 3
 FACTORED = {"freeze_when": "delay", "delay": 0, "update_every": 100}
-MODES = {"replace": FACTORED, "residual": {"residual": True, "update_every": 100}}
+MODES = {"replace": FACTORED, "residual": {"mode": "adapter", "update_every": 100}}
 FLOAT, HALF = 4, 2  # bytes
 
 
@@ -64,7 +64,7 @@ def conv1d(m: int, n: int, bias: bool) -> nn.Module:
 
 def adapted(base: nn.Module, rank: int = RANK, **settings) -> tuple[nn.Module, OIALRLinear]:
     """A model of one factored layer, with a controller, so that products are kept; and that layer."""
-    config = OIALRConfig(target_modules=["0"], init_rank=rank, init_weights=False, **settings)
+    config = OIALRConfig(target_modules=["0"], rank=rank, init_weights=False, **{"mode": "replace", **settings})
     model = get_peft_model(nn.Sequential(base), config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     OIALRController(model, optimizer, total_steps=1000)
@@ -182,7 +182,7 @@ def test_autocast_keeps_each_product_once(rank, route):
 
 
 def test_the_dense_phase_keeps_under_autocast_what_a_linear_layer_keeps():
-    config = OIALRConfig(target_modules=["0"], update_every=100)
+    config = OIALRConfig(mode="replace", target_modules=["0"], update_every=100)
     model = get_peft_model(nn.Sequential(nn.Linear(N, M)), config)
     layer = nn.Linear(N, M)
     counts = []
@@ -250,7 +250,7 @@ RUNS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 def test_a_product_is_made_once_per_optimizer_step(rank, route, run, autocast, monkeypatch):
     tokens = 2000
     assert cheapest_route(24, 24, rank, tokens) == route
-    config = OIALRConfig(target_modules=["0"], init_rank=rank, **FACTORED)
+    config = OIALRConfig(target_modules=["0"], rank=rank, **{"mode": "replace", **FACTORED})
     model = get_peft_model(nn.Sequential(nn.Linear(24, 24)), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
     controller = OIALRController(model, optimizer, total_steps=1000)
@@ -303,7 +303,7 @@ def test_in_a_transformer_each_layer_adds_its_narrow_activation(mode, autocast):
     ids = torch.randint(0, 50, (2, 10))
     tokens, rank, size = 20, 4, HALF if autocast else FLOAT
     base = llama().requires_grad_(False)
-    model = get_peft_model(base, OIALRConfig(init_rank=rank, **MODES[mode]))
+    model = get_peft_model(base, OIALRConfig(rank=rank, **{"mode": "replace", **MODES[mode]}))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     OIALRController(model, optimizer, total_steps=1000)
     model.enable_input_require_grads()
@@ -337,8 +337,8 @@ def test_in_a_transformer_each_layer_adds_its_narrow_activation(mode, autocast):
 def test_a_factored_transformer_keeps_less_than_a_dense_one():
     ids = torch.randint(0, 50, (2, 10))
     kept = {}
-    for name, settings in (("dense", {}), ("factored", {**FACTORED, "init_rank": 4})):
-        model = get_peft_model(llama(), OIALRConfig(pretraining=True, **settings))
+    for name, settings in (("dense", {}), ("factored", {**FACTORED, "rank": 4})):
+        model = get_peft_model(llama(), OIALRConfig(mode="pretraining", **settings))
         with Saved(model) as saved:
             model(input_ids=ids)
         kept[name] = saved.bytes

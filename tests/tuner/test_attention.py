@@ -15,11 +15,11 @@ from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.tuner.attention import SplitAttention
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 3}
+FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 3}
 SIZES = {"packed": {}, "separate": {"kdim": 5, "vdim": 7}}
 
 
@@ -88,13 +88,15 @@ def test_a_causal_hint_needs_its_mask():
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("config", [{}, FACTORED, {"residual": True}, {"pretraining": True}], ids=str)
+@pytest.mark.parametrize("config", [{}, FACTORED, {"mode": "adapter"}, {"mode": "pretraining"}], ids=str)
 def test_adapters_of_an_attention_change_its_output_and_merge_into_it(sizes, config):
     model = nn.Sequential(attention(batch_first=True, **sizes))
     query, key = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
     inputs = (query, key[..., :5], key[..., :7]) if sizes else (query, key, key)
     before = model[0](*inputs)[0]
-    adapted = get_peft_model(copy.deepcopy(model), OIALRConfig(target_modules=["0"], init_weights=False, **config))
+    adapted = get_peft_model(
+        copy.deepcopy(model), OIALRConfig(target_modules=["0"], init_weights=False, **{"mode": "replace", **config})
+    )
     inner = adapted.base_model.model[0]
     assert isinstance(inner, SplitAttention)
     projections = ["q_proj", "k_proj", "v_proj"] if sizes else ["in_proj"]
@@ -109,7 +111,9 @@ def test_adapters_of_an_attention_change_its_output_and_merge_into_it(sizes, con
 
 def test_unloading_gives_the_attention_back_as_it_was():
     model = nn.Sequential(attention(batch_first=True))
-    adapted = get_peft_model(copy.deepcopy(model), OIALRConfig(target_modules=["0"], init_weights=False))
+    adapted = get_peft_model(
+        copy.deepcopy(model), OIALRConfig(mode="replace", target_modules=["0"], init_weights=False)
+    )
     restored = adapted.unload()
     assert type(restored[0]) is nn.MultiheadAttention
     for name, value in model.state_dict().items():
@@ -123,7 +127,9 @@ def encoder() -> nn.Module:
 
 def test_every_linear_layer_of_a_transformer_is_chosen_by_default_and_trains(tmp_path):
     base = encoder()
-    model = get_peft_model(copy.deepcopy(base), OIALRConfig(freeze_when="delay", delay=2, update_every=2, cutoff=0.4))
+    model = get_peft_model(
+        copy.deepcopy(base), OIALRConfig(mode="replace", freeze_when="delay", delay=2, update_every=2, cutoff=0.4)
+    )
     names = {"self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"}
     assert set(adapter_layers(model)) == {f"0.layers.{i}.{name}" for i in (0, 1) for name in names} | {"1"}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -147,7 +153,7 @@ def test_every_linear_layer_of_a_transformer_is_chosen_by_default_and_trains(tmp
 
 @pytest.mark.parametrize("targets", [["linear1"], ["self_attn"]], ids=str)
 def test_the_kernel_for_inference_does_not_go_round_the_adapters(targets):
-    model = get_peft_model(encoder(), OIALRConfig(target_modules=targets, init_weights=False)).eval()
+    model = get_peft_model(encoder(), OIALRConfig(mode="replace", target_modules=targets, init_weights=False)).eval()
     x = torch.randn(4, 5, 8)
     with torch.no_grad():
         inference = model(x)
@@ -156,20 +162,22 @@ def test_the_kernel_for_inference_does_not_go_round_the_adapters(targets):
 
 def test_a_projection_alone_is_skipped_with_a_warning():
     with pytest.warns(UserWarning, match=r"out_proj` is skipped: nn\.MultiheadAttention reads .* name the attention"):
-        model = get_peft_model(encoder(), OIALRConfig(target_modules=["out_proj", "linear1"]))
+        model = get_peft_model(encoder(), OIALRConfig(mode="replace", target_modules=["out_proj", "linear1"]))
     assert {name.rpartition(".")[2] for name in adapter_layers(model)} == {"linear1"}
 
 
 def test_naming_the_projection_beside_its_attention_changes_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = get_peft_model(encoder(), OIALRConfig(target_modules=["out_proj", "self_attn"]))
+        model = get_peft_model(encoder(), OIALRConfig(mode="replace", target_modules=["out_proj", "self_attn"]))
     assert {name.rpartition(".")[2] for name in adapter_layers(model)} == {"in_proj", "out_proj"}
 
 
 def test_a_second_adapter_joins_the_first():
-    model = get_peft_model(encoder(), OIALRConfig(target_modules=["self_attn"], init_weights=False)).eval()
-    model.add_adapter("other", OIALRConfig(target_modules=["self_attn"], residual=True, init_weights=False))
+    model = get_peft_model(
+        encoder(), OIALRConfig(mode="replace", target_modules=["self_attn"], init_weights=False)
+    ).eval()
+    model.add_adapter("other", OIALRConfig(target_modules=["self_attn"], mode="adapter", init_weights=False))
     x = torch.randn(4, 5, 8)
     first = model(x)
     model.set_adapter("other")
@@ -180,7 +188,9 @@ def test_a_second_adapter_joins_the_first():
 
 
 def test_loading_with_low_memory_leaves_the_base_weights_where_they_are(tmp_path):
-    model = get_peft_model(encoder(), OIALRConfig(target_modules=["self_attn"], **FACTORED)).eval()
+    model = get_peft_model(
+        encoder(), OIALRConfig(target_modules=["self_attn"], **{"mode": "replace", **FACTORED})
+    ).eval()
     model.save_pretrained(tmp_path)
     base = encoder()
     base.load_state_dict(model.merge_and_unload().state_dict())

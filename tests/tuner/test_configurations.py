@@ -25,7 +25,7 @@ from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.linalg.factors import not_finite
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 FIELDS = [field.name for field in dataclasses.fields(OIALRConfig)]
 OWN_FIELDS = [name for name in FIELDS if name not in {field.name for field in dataclasses.fields(PeftConfig)}]
@@ -40,9 +40,8 @@ WORKING: dict[str, list[Any]] = {
     "modules_to_save": [None, [], ["head"]],
     "bias": ["none", "all", "oialr_only"],
     "trainable_token_indices": [None, [0, 3], {"embed_tokens": [1]}],
-    "residual": [False, True],
-    "pretraining": [False, True],
-    "init_rank": [None, 1, 100, 0.01, 0.99],
+    "mode": ["adapter", "replace", "pretraining"],
+    "rank": [None, 1, 100, 0.01, 0.99],
     "freeze_when": ["stable", "delay"],
     "delay": [None, 0, 2, 0.5],
     "stability_threshold": [1e-9, 0.5, 1],
@@ -119,7 +118,7 @@ def names_a_field(message: str) -> bool:
 def made(fields: dict[str, Any]) -> OIALRConfig | None:
     """The configuration, or `None` when it is refused with an error that names a field."""
     try:
-        return OIALRConfig(**fields)
+        return OIALRConfig(**{"mode": "replace", **fields})
     except (TypeError, ValueError) as error:
         refusal = str(error)
     assert names_a_field(refusal), f"{fields}: {refusal}"
@@ -127,7 +126,7 @@ def made(fields: dict[str, Any]) -> OIALRConfig | None:
 
 
 def assert_survives_json(config: OIALRConfig) -> None:
-    assert OIALRConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert OIALRConfig(**{"mode": "replace", **json.loads(json.dumps(config.to_dict()))}) == config
 
 
 # ---- construction ----------------------------------------------------------------------------------------------------
@@ -238,7 +237,9 @@ def assert_works(config: OIALRConfig, directory: Any) -> None:
     base = outputs(tiny())
     model = get_peft_model(tiny(), config)
     layers = adapter_layers(model).values()
-    whole = config.residual or all(layer.rank("default") == min(layer.form.m, layer.form.n) for layer in layers)
+    whole = config.mode == "adapter" or all(
+        layer.rank("default") == min(layer.form.m, layer.form.n) for layer in layers
+    )
     assert torch.allclose(outputs(model), base) is (whole and config.init_weights)
     if not config.inference_mode:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
@@ -271,4 +272,4 @@ def assert_works(config: OIALRConfig, directory: Any) -> None:
 @pytest.mark.filterwarnings("ignore:`rank_pattern` names modules that are not targets:RuntimeWarning")
 @pytest.mark.parametrize("index", range(len(covering())))
 def test_every_pair_of_settings_works_from_the_adapter_to_a_check_and_back(index, tmp_path):
-    assert_works(OIALRConfig(**covering()[index]), tmp_path)
+    assert_works(OIALRConfig(**{"mode": "replace", **covering()[index]}), tmp_path)

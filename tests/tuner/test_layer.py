@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 DENSE = {}
 FACTORED = {"freeze_when": "delay", "delay": 0}
-RESIDUAL = {"residual": True}
+RESIDUAL = {"mode": "adapter"}
 MODES = {"dense": DENSE, "factored": FACTORED, "residual": RESIDUAL}
 
 
@@ -41,7 +41,7 @@ def adapted(base: nn.Module, **adapters: dict) -> OIALRLinear:
     """A layer with these adapters, of which the first one is active."""
     layer = OIALRLinear(base, "layer")
     for name, fields in adapters.items():
-        layer.add_adapter(name, OIALRConfig(**fields))
+        layer.add_adapter(name, OIALRConfig(**{"mode": "replace", **fields}))
     layer.set_adapter(next(iter(adapters)))
     return layer
 
@@ -106,19 +106,19 @@ def test_phase_and_rank_are_those_of_the_mode(base, mode):
     ]
 
 
-@pytest.mark.parametrize("init_rank", [2, 0.4, 100])
-def test_init_rank_bounds_the_rank_of_a_factored_layer(make_base, init_rank):
-    layer = adapted(make_base(7, 5), default={**FACTORED, "init_rank": init_rank})
-    rank = {2: 2, 0.4: 2, 100: 5}[init_rank]
-    assert layer.rank("default") == layer.full_rank["default"] == rank
-    assert_close(layer.adapter_weight("default"), factorize(matrix(layer.base_layer), rank=rank).weight())
+@pytest.mark.parametrize("rank", [2, 0.4, 100])
+def test_the_rank_bounds_that_of_a_factored_layer(make_base, rank):
+    layer = adapted(make_base(7, 5), default={**FACTORED, "rank": rank})
+    expected = {2: 2, 0.4: 2, 100: 5}[rank]
+    assert layer.rank("default") == layer.full_rank["default"] == expected
+    assert_close(layer.adapter_weight("default"), factorize(matrix(layer.base_layer), rank=expected).weight())
 
 
 def test_rank_pattern_sets_the_rank_by_full_name(make_base):
     base = make_base(7, 5)
     layer = adapted(base, default={**FACTORED, "rank_pattern": {"layer": 3}})
     other = OIALRLinear(base, "another.layer")
-    other.add_adapter("default", OIALRConfig(**FACTORED, rank_pattern={"layer": 3}))
+    other.add_adapter("default", OIALRConfig(**{"mode": "replace", **FACTORED}, rank_pattern={"layer": 3}))
     assert (layer.rank("default"), other.rank("default")) == (3, 5)
 
 
@@ -155,7 +155,7 @@ def test_a_weight_that_is_not_a_floating_matrix_is_refused(shape):
     with pytest.raises(
         ValueError, match=r"`encoder\.x` must be floating-point and \(4, 3\), but has dtype torch\.uint8"
     ):
-        OIALRLinear(base, "encoder.x").add_adapter("default", OIALRConfig())
+        OIALRLinear(base, "encoder.x").add_adapter("default", OIALRConfig(mode="replace"))
 
 
 def test_nan_in_the_base_weight_is_refused_with_the_name_of_the_layer():
@@ -166,7 +166,7 @@ def test_nan_in_the_base_weight_is_refused_with_the_name_of_the_layer():
 
 
 def test_the_representation_shows_phase_and_rank():
-    text = repr(adapted(linear(7, 5), default=DENSE, other={**FACTORED, "init_rank": 2}))
+    text = repr(adapted(linear(7, 5), default=DENSE, other={**FACTORED, "rank": 2}))
     assert "default: dense, other: rank 2" in text
 
 
@@ -511,7 +511,7 @@ def test_autocast_decides_the_dtype_of_the_output(mode, dtype):
 
 @pytest.fixture
 def released(make_base):
-    layer = adapted(make_base(7, 5), default={"pretraining": True})
+    layer = adapted(make_base(7, 5), default={"mode": "pretraining"})
     train(layer)
     return layer
 
@@ -519,7 +519,7 @@ def released(make_base):
 def test_pretraining_takes_over_the_memory_of_the_base_weight():
     base = linear(7, 5)
     pointer, before = base.weight.data_ptr(), matrix(base)
-    layer = adapted(base, default={"pretraining": True})
+    layer = adapted(base, default={"mode": "pretraining"})
     assert layer.base_released
     assert base.weight.numel() == 0
     assert layer.trained_parameter("default").data_ptr() == pointer
@@ -545,9 +545,9 @@ def test_what_needs_the_base_weight_says_that_it_was_released(released):
     with pytest.raises(RuntimeError, match=r"`layer` has no base weight to compare with: .* Use `merge_and_unload`"):
         released.get_delta_weight("default")
     with pytest.raises(
-        ValueError, match=r"`layer` was released by `pretraining=True`, so no second adapter fits\. Load"
+        ValueError, match=r"`layer` was released by `mode=.pretraining.`, so no second adapter fits\. Load"
     ):
-        released.add_adapter("second", OIALRConfig())
+        released.add_adapter("second", OIALRConfig(mode="replace"))
     assert not released.supports_lora_conversion()
 
 
@@ -610,6 +610,6 @@ def test_a_start_that_differs_from_the_base_does_not_depend_on_the_signs_of_sing
     layer = OIALRLinear(base, "layer")
     for name, given in (("as found", factors), ("turned", turned)):
         torch.manual_seed(3)
-        layer.add_adapter(name, OIALRConfig(**{**fields, "init_rank": 3}, init_weights=False), given)
+        layer.add_adapter(name, OIALRConfig(**{"mode": "replace", **fields, "rank": 3}, init_weights=False), given)
     assert_close(layer.adapter_weight("turned"), layer.adapter_weight("as found"))
     assert not torch.allclose(layer.adapter_weight("turned"), factors.weight(), atol=0.01)

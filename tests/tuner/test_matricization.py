@@ -28,9 +28,9 @@ pytestmark = [
 CLASSES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 MODES = {
     "dense": {},
-    "factored": {"freeze_when": "delay", "delay": 0, "init_rank": 3},
-    "masked": {"freeze_when": "delay", "delay": 0, "init_rank": 3, "shrink": "mask"},
-    "residual": {"residual": True, "init_rank": 3},
+    "factored": {"freeze_when": "delay", "delay": 0, "rank": 3},
+    "masked": {"freeze_when": "delay", "delay": 0, "rank": 3, "shrink": "mask"},
+    "residual": {"mode": "adapter", "rank": 3},
 }
 
 
@@ -77,7 +77,7 @@ def with_weight(module: nn.Module, matrix: Tensor) -> nn.Module:
 
 def adapted(module: nn.Module, mode: str) -> OIALRLinear:
     layer = OIALRLinear(module, "layer")
-    layer.add_adapter("default", OIALRConfig(**MODES[mode], init_weights=False))
+    layer.add_adapter("default", OIALRConfig(**{"mode": "replace", **MODES[mode]}, init_weights=False))
     layer.set_adapter("default")
     return layer
 
@@ -184,18 +184,18 @@ def test_channels_last_inputs_stay_so():
 def test_convolutions_with_groups_are_refused_and_nothing_is_replaced(groups):
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=groups))
     with pytest.raises(ValueError, match=rf"`1` is a convolution with {groups} groups; only .* `exclude_modules`"):
-        get_peft_model(model, OIALRConfig(target_modules=["0", "1"]))
+        get_peft_model(model, OIALRConfig(mode="replace", target_modules=["0", "1"]))
     assert type(model[0]) is nn.Conv2d
 
 
 def test_a_transposed_convolution_is_refused():
     with pytest.raises(ValueError, match="`0` is a ConvTranspose2d"):
-        get_peft_model(nn.Sequential(nn.ConvTranspose2d(4, 4, 1)), OIALRConfig(target_modules=["0"]))
+        get_peft_model(nn.Sequential(nn.ConvTranspose2d(4, 4, 1)), OIALRConfig(mode="replace", target_modules=["0"]))
 
 
 def test_convolutions_are_never_chosen_by_default():
     with pytest.raises(ValueError, match=r"Sequential has no linear layer .* convolutions are never chosen by default"):
-        get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 1)), OIALRConfig())
+        get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 1)), OIALRConfig(mode="replace"))
 
 
 @pytest.mark.parametrize(
@@ -233,11 +233,11 @@ class Images(nn.Module):
         return self.head(self.second(self.first(x).relu()).relu().mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("pretraining", [False, True], ids=["replace", "pretraining"])
-def test_convolutions_train_freeze_shrink_save_and_load(tmp_path, pretraining):
+@pytest.mark.parametrize("mode", ["replace", "pretraining"])
+def test_convolutions_train_freeze_shrink_save_and_load(tmp_path, mode):
     base = Images()
-    config = OIALRConfig(
-        target_modules=["first", "second"], pretraining=pretraining, freeze_when="delay", delay=4, update_every=4,
+    config = OIALRConfig(mode=mode,
+        target_modules=["first", "second"], freeze_when="delay", delay=4, update_every=4,
         cutoff=0.6,
     )  # fmt: skip
     model = get_peft_model(copy.deepcopy(base), config)

@@ -17,11 +17,14 @@ from torch.testing import assert_close
 
 from oialr_peft import OIALRConfig, OIALRController
 from oialr_peft.tuner.layer import OIALRLinear
-from oialr_peft.tuner.model import STEPS_UNTIL_WARNING, OIALRModel, _exactly, adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
+from oialr_peft.tuner.model import OIALRModel
+from oialr_peft.tuner.targets import exactly
+from oialr_peft.tuner.watch import STEPS_UNTIL_WARNING
 
 DENSE = {}
 FACTORED = {"freeze_when": "delay", "delay": 0}
-RESIDUAL = {"residual": True}
+RESIDUAL = {"mode": "adapter"}
 MODES = {"dense": DENSE, "factored": FACTORED, "residual": RESIDUAL}
 ARCHITECTURES = ["mlp", "bert", "gpt2", "vit", "t5"]
 HEADS = {"mlp": "head", "bert": "classifier", "vit": "classifier"}
@@ -40,7 +43,7 @@ def mode(request):
 
 
 def config(**fields):
-    return OIALRConfig(**{"target_modules": ["up", "down"], **fields})
+    return OIALRConfig(**{"mode": "replace", "target_modules": ["up", "down"], **fields})
 
 
 def train(model: nn.Module) -> None:
@@ -85,7 +88,7 @@ def test_the_default_targets_are_all_linear_layers_except_the_head(name, make_mo
     model = make_model(name)
     head = {"bert": "classifier", "gpt2": "lm_head", "vit": "classifier", "t5": "lm_head"}.get(name)
     expected = linear_names(model) - {head}
-    adapted = get_peft_model(model, OIALRConfig())
+    adapted = get_peft_model(model, OIALRConfig(mode="replace"))
     assert set(adapter_layers(adapted)) == set(adapted.base_model.targeted_module_names) == expected
 
 
@@ -93,14 +96,14 @@ def test_the_default_targets_are_all_linear_layers_except_the_head(name, make_mo
 def test_a_fresh_adapter_does_not_change_the_output(name, mode, make_model, make_inputs, outputs_of):
     model, inputs = make_model(name), make_inputs(name)
     expected = outputs_of(model, inputs)
-    assert_close(outputs_of(get_peft_model(model, OIALRConfig(**mode)), inputs), expected)
+    assert_close(outputs_of(get_peft_model(model, OIALRConfig(**{"mode": "replace", **mode})), inputs), expected)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_layers_are_listed_in_module_order_under_their_names_in_the_base_model(name, make_model):
     model = make_model(name)
     order = [key for key, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
-    adapted = get_peft_model(model, OIALRConfig())
+    adapted = get_peft_model(model, OIALRConfig(mode="replace"))
     layers = adapter_layers(adapted)
     assert list(layers) == [key for key in order if key in layers]
     assert all(adapted.get_base_model().get_submodule(key) is layer for key, layer in layers.items())
@@ -108,14 +111,14 @@ def test_layers_are_listed_in_module_order_under_their_names_in_the_base_model(n
 
 @pytest.mark.parametrize("spelling", ["all-linear", "ALL-LINEAR", None])
 def test_all_linear_is_the_default_under_any_spelling(spelling, bert):
-    model = get_peft_model(bert, OIALRConfig(target_modules=spelling))
+    model = get_peft_model(bert, OIALRConfig(mode="replace", target_modules=spelling))
     assert len(adapter_layers(model)) == 13
 
 
 @pytest.mark.parametrize("spelling", ["all-linear", None])
 def test_a_second_adapter_has_the_same_default_targets(spelling, bert):
-    model = get_peft_model(bert, OIALRConfig())
-    model.add_adapter("second", OIALRConfig(target_modules=spelling))
+    model = get_peft_model(bert, OIALRConfig(mode="replace"))
+    model.add_adapter("second", OIALRConfig(mode="replace", target_modules=spelling))
     assert list(adapter_layers(model, "second")) == list(adapter_layers(model, "default"))
 
 
@@ -135,7 +138,7 @@ NAMES = ["a", "x", "a.x", "b.a.x", "b.x", "ba.x", "layers.0.x", "layers.1.x", "c
     ids=str,
 )
 def test_targets_are_those_of_peft(targets, fields):
-    config = OIALRConfig(target_modules=targets, **fields)
+    config = OIALRConfig(target_modules=targets, **{"mode": "replace", **fields})
     before = copy.deepcopy(config)
     for name in NAMES:
         ours = OIALRModel._check_target_module_exists(config, name)
@@ -147,14 +150,14 @@ def test_targets_are_those_of_peft(targets, fields):
 def test_default_targets_do_not_stand_for_modules_whose_names_end_in_them():
     one, other = (nn.ModuleDict({"x": nn.Linear(2, 2)}) for _ in range(2))
     model = nn.ModuleDict({"a": one, "b": nn.ModuleDict({"a": other})})
-    assert _exactly(["a.x", "b.a.x"], model) == {"a.x", "b.a.x"}
-    assert _exactly(["b.a.x"], model) == {"b.a.x"}
-    expression = _exactly(["a.x"], model)
+    assert exactly(["a.x", "b.a.x"], model) == {"a.x", "b.a.x"}
+    assert exactly(["b.a.x"], model) == {"b.a.x"}
+    expression = exactly(["a.x"], model)
     assert [name for name, _ in model.named_modules() if re.fullmatch(expression, name)] == ["a.x"]
 
 
 def test_modules_to_save_are_not_targets(bert):
-    model = get_peft_model(bert, OIALRConfig(modules_to_save=["pooler", "classifier"]))
+    model = get_peft_model(bert, OIALRConfig(mode="replace", modules_to_save=["pooler", "classifier"]))
     assert len(adapter_layers(model)) == 12
     assert {name for name in trainable(model) if "modules_to_save" in name} == {
         f"base_model.model.{module}.modules_to_save.default.{path}"
@@ -168,33 +171,35 @@ def test_modules_to_save_are_not_targets(bert):
 
 
 def test_exclude_modules_leaves_modules_out(bert):
-    model = get_peft_model(bert, OIALRConfig(exclude_modules=["query", "pooler.dense"]))
+    model = get_peft_model(bert, OIALRConfig(mode="replace", exclude_modules=["query", "pooler.dense"]))
     names = set(adapter_layers(model))
     assert len(names) == 10
     assert not [name for name in names if name.endswith(("query", "pooler.dense"))]
 
 
 def test_exclude_modules_takes_a_regular_expression(bert):
-    model = get_peft_model(bert, OIALRConfig(exclude_modules=r".*layer\.0.*"))
+    model = get_peft_model(bert, OIALRConfig(mode="replace", exclude_modules=r".*layer\.0.*"))
     assert not [name for name in adapter_layers(model) if "layer.0" in name]
 
 
 @pytest.mark.parametrize("indices", [1, [1]], ids=str)
 def test_layers_to_transform_restricts_the_targets_to_these_layers(bert, indices):
-    model = get_peft_model(bert, OIALRConfig(target_modules=["query", "value"], layers_to_transform=indices))
+    model = get_peft_model(
+        bert, OIALRConfig(mode="replace", target_modules=["query", "value"], layers_to_transform=indices)
+    )
     prefix = "bert.encoder.layer.1.attention.self"
     assert set(adapter_layers(model)) == {f"{prefix}.query", f"{prefix}.value"}
 
 
 def test_layers_pattern_names_the_list_that_is_counted_in(bert):
     fields = {"target_modules": ["query"], "layers_to_transform": [0], "layers_pattern": "layer"}
-    model = get_peft_model(bert, OIALRConfig(**fields))
+    model = get_peft_model(bert, OIALRConfig(**{"mode": "replace", **fields}))
     assert set(adapter_layers(model)) == {"bert.encoder.layer.0.attention.self.query"}
 
 
 def test_a_target_that_does_not_exist_is_refused(mlp):
     with pytest.raises(ValueError, match=r"Target modules \{'nothing'\} not found in the base model"):
-        get_peft_model(mlp, OIALRConfig(target_modules=["nothing"]))
+        get_peft_model(mlp, OIALRConfig(mode="replace", target_modules=["nothing"]))
 
 
 @pytest.mark.parametrize(
@@ -211,19 +216,19 @@ def test_an_unsupported_target_is_refused_with_its_name_and_kind(module, kind):
     model = nn.Sequential()
     model.add_module("encoder", module)
     with pytest.raises(ValueError, match=rf"nn\.Linear, .* modules, but `encoder` is a {kind}\. .*Leave it out"):
-        get_peft_model(model, OIALRConfig(target_modules=["encoder"]))
+        get_peft_model(model, OIALRConfig(mode="replace", target_modules=["encoder"]))
 
 
 def test_shared_weights_are_refused_with_the_names_that_share(gpt2):
     with pytest.raises(ValueError, match=r"`lm_head` shares its weight .*wte\.weight.*`exclude_modules`, or untie"):
-        get_peft_model(gpt2, OIALRConfig(target_modules=["lm_head"]))
+        get_peft_model(gpt2, OIALRConfig(mode="replace", target_modules=["lm_head"]))
 
 
 def test_two_linear_layers_that_share_a_weight_are_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     with pytest.raises(ValueError, match=r"`0` shares its weight with another module \(.*1\.weight.*\)"):
-        get_peft_model(model, OIALRConfig())
+        get_peft_model(model, OIALRConfig(mode="replace"))
 
 
 def test_one_module_at_two_places_is_refused_or_works_at_both(outputs_of):
@@ -232,7 +237,7 @@ def test_one_module_at_two_places_is_refused_or_works_at_both(outputs_of):
     x = torch.randn(2, 3, dtype=torch.float64)
     expected = model(x)
     try:
-        adapted = get_peft_model(model, OIALRConfig(target_modules=["0", "2"]))
+        adapted = get_peft_model(model, OIALRConfig(mode="replace", target_modules=["0", "2"]))
     except ValueError as error:
         assert "shares its weight" in str(error)  # noqa: PT017
     else:
@@ -243,14 +248,14 @@ def test_one_module_at_two_places_is_refused_or_works_at_both(outputs_of):
 def test_a_refused_target_leaves_the_model_as_it_was(gpt2, make_inputs, outputs_of):
     expected = outputs_of(gpt2, make_inputs("gpt2"))
     with pytest.raises(ValueError, match="shares its weight"):
-        get_peft_model(gpt2, OIALRConfig(target_modules=["c_attn", "lm_head"]))
+        get_peft_model(gpt2, OIALRConfig(mode="replace", target_modules=["c_attn", "lm_head"]))
     assert not [module for module in gpt2.modules() if isinstance(module, OIALRLinear)]
     assert_close(outputs_of(gpt2, make_inputs("gpt2")), expected)
 
 
 def test_tied_weights_that_are_not_targets_stay_tied(t5, gpt2):
     for model in (t5, gpt2):
-        adapted = get_peft_model(model, OIALRConfig()).get_base_model()
+        adapted = get_peft_model(model, OIALRConfig(mode="replace")).get_base_model()
         assert adapted.get_input_embeddings().weight is adapted.get_output_embeddings().weight
 
 
@@ -263,7 +268,7 @@ def test_a_head_that_stays_untrained_gives_a_warning(name, make_model):
     with pytest.warns(
         UserWarning, match=r"The head \(classifier\) .* `modules_to_save=\['classifier'\]` or a `task_type`"
     ):
-        get_peft_model(make_model(name), OIALRConfig())
+        get_peft_model(make_model(name), OIALRConfig(mode="replace"))
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -272,7 +277,7 @@ def test_a_head_that_stays_untrained_gives_a_warning(name, make_model):
     [
         ("bert", {"modules_to_save": ["classifier"]}),
         ("bert", {"task_type": "SEQ_CLS"}),
-        ("bert", {"pretraining": True}),
+        ("bert", {"mode": "pretraining"}),
         ("bert", {"target_modules": ["query"]}),
         ("bert", {"inference_mode": True}),
         ("vit", {"modules_to_save": ["classifier"]}),
@@ -283,11 +288,11 @@ def test_a_head_that_stays_untrained_gives_a_warning(name, make_model):
     ids=str,
 )
 def test_there_is_no_warning_where_the_head_trains_or_belongs_to_the_embedding(name, fields, make_model):
-    get_peft_model(make_model(name), OIALRConfig(**fields))
+    get_peft_model(make_model(name), OIALRConfig(**{"mode": "replace", **fields}))
 
 
 def test_a_task_type_trains_the_head(bert):
-    model = get_peft_model(bert, OIALRConfig(task_type="SEQ_CLS"))
+    model = get_peft_model(bert, OIALRConfig(mode="replace", task_type="SEQ_CLS"))
     assert any("classifier.modules_to_save" in name for name in trainable(model))
 
 
@@ -345,7 +350,7 @@ def test_modules_to_save_train_in_full(mlp, make_inputs, outputs_of, mode):
 
 def test_token_rows_of_the_embedding_train(gpt2, make_inputs, outputs_of):
     expected = outputs_of(gpt2, make_inputs("gpt2"))
-    model = get_peft_model(gpt2, OIALRConfig(trainable_token_indices={"wte": [2, 3]}))
+    model = get_peft_model(gpt2, OIALRConfig(mode="replace", trainable_token_indices={"wte": [2, 3]}))
     assert_close(outputs_of(model, make_inputs("gpt2")), expected)
     assert any("trainable_tokens_delta" in name for name in trainable(model))
 
@@ -379,9 +384,9 @@ def test_a_new_adapter_does_not_change_what_trains(mlp):
 
 def test_a_second_adapter_on_other_layers_leaves_the_first_one_alone(mlp, make_inputs, outputs_of):
     inputs = make_inputs("mlp")
-    model = get_peft_model(mlp, OIALRConfig(target_modules=["up"], init_weights=False))
+    model = get_peft_model(mlp, OIALRConfig(mode="replace", target_modules=["up"], init_weights=False))
     expected = outputs_of(model, inputs)
-    model.add_adapter("second", OIALRConfig(target_modules=["down"], init_weights=False))
+    model.add_adapter("second", OIALRConfig(mode="replace", target_modules=["down"], init_weights=False))
     assert_close(outputs_of(model, inputs), expected, rtol=0, atol=0)
     model.set_adapter("second")
     second = outputs_of(model, inputs)
@@ -404,7 +409,7 @@ def test_two_active_adapters_add_their_changes_to_every_layer(mlp, make_inputs, 
 
 def test_a_second_adapter_may_be_given_by_an_expression_that_also_fits_inside_the_first(mlp):
     model = get_peft_model(mlp, config())
-    model.add_adapter("second", OIALRConfig(target_modules=r"up.*", **FACTORED))
+    model.add_adapter("second", OIALRConfig(target_modules=r"up.*", **{"mode": "replace", **FACTORED}))
     assert set(adapter_layers(model, "second")) == {"up"}
 
 
@@ -444,13 +449,13 @@ def test_disable_adapter_gives_the_base_model_for_a_while(mlp, make_inputs, outp
 # ---- an adapter for each sample --------------------------------------------------------------------------------------
 
 
-MIXED = {"first": {}, "second": {"residual": True, "init_rank": 2}, "third": {"freeze_when": "delay", "delay": 0}}
+MIXED = {"first": {}, "second": {"mode": "adapter", "rank": 2}, "third": {"freeze_when": "delay", "delay": 0}}
 
 
 def with_several_adapters(base, **targets):
     model = None
     for name, settings in MIXED.items():
-        adapter = OIALRConfig(**settings, init_weights=False, target_modules=targets.get(name))
+        adapter = OIALRConfig(**{"mode": "replace", **settings}, init_weights=False, target_modules=targets.get(name))
         if model is None:
             model = get_peft_model(base, adapter, adapter_name=name)
         else:
@@ -515,8 +520,8 @@ def test_wrong_adapter_names_are_refused(mlp, make_inputs):
 
 
 def test_samples_without_an_adapter_need_the_base_weights(mlp, make_inputs):
-    model = get_peft_model(mlp, OIALRConfig(pretraining=True)).eval()
-    with pytest.raises(RuntimeError, match="`adapter_names` needs the base weights, but `pretraining=True` released"):
+    model = get_peft_model(mlp, OIALRConfig(mode="pretraining")).eval()
+    with pytest.raises(RuntimeError, match="`adapter_names` needs the base weights, but `mode=.pretraining.` released"):
         model(**make_inputs("mlp"), adapter_names=["default", "__base__", "default"])
 
 
@@ -529,7 +534,7 @@ def test_the_merged_model_equals_the_adapted_one_and_is_the_original_class(
 ):
     model, inputs = make_model(name), make_inputs(name)
     kind, keys = type(model), list(model.state_dict())
-    adapted = get_peft_model(model, OIALRConfig(init_weights=False, **mode))
+    adapted = get_peft_model(model, OIALRConfig(init_weights=False, **{"mode": "replace", **mode}))
     train(adapted)
     expected = outputs_of(adapted, inputs)
     merged = adapted.merge_and_unload(safe_merge=True)
@@ -542,7 +547,7 @@ def test_the_merged_model_equals_the_adapted_one_and_is_the_original_class(
 def test_unload_gives_the_base_model_back(bert, mode, make_inputs, outputs_of):
     inputs = make_inputs("bert")
     expected, before = outputs_of(bert, inputs), {k: v.clone() for k, v in bert.state_dict().items()}
-    model = get_peft_model(bert, OIALRConfig(init_weights=False, **mode))
+    model = get_peft_model(bert, OIALRConfig(init_weights=False, **{"mode": "replace", **mode}))
     train(model)
     assert not torch.allclose(outputs_of(model, inputs), expected)
     plain = model.unload()
@@ -554,7 +559,7 @@ def test_unload_gives_the_base_model_back(bert, mode, make_inputs, outputs_of):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_unmerging_restores_every_base_weight_bit_for_bit(name, dtype, mode, make_model, make_inputs, outputs_of):
-    model = get_peft_model(make_model(name, dtype), OIALRConfig(**mode))
+    model = get_peft_model(make_model(name, dtype), OIALRConfig(**{"mode": "replace", **mode}))
     train(model)
     before, adapted = base_state(model), outputs_of(model, make_inputs(name))
     model.merge_adapter()
@@ -601,7 +606,7 @@ def test_pretraining_releases_the_base_weights_and_trains_everything(name, make_
     expected = outputs_of(model, inputs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     storage = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    adapted = get_peft_model(model, OIALRConfig(pretraining=True))
+    adapted = get_peft_model(model, OIALRConfig(mode="pretraining"))
     assert_close(outputs_of(adapted, inputs), expected)
     assert all(layer.get_base_layer().weight.numel() == 0 for layer in adapter_layers(adapted).values())
     assert sum(parameter.numel() for parameter in adapted.parameters()) == parameters
@@ -614,7 +619,7 @@ def test_pretraining_releases_the_base_weights_and_trains_everything(name, make_
 
 
 def test_pretraining_reaches_every_parameter_with_a_gradient(gpt2, make_inputs):
-    model = get_peft_model(gpt2, OIALRConfig(pretraining=True))
+    model = get_peft_model(gpt2, OIALRConfig(mode="pretraining"))
     inputs = make_inputs("gpt2")
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
@@ -622,14 +627,14 @@ def test_pretraining_reaches_every_parameter_with_a_gradient(gpt2, make_inputs):
 
 def test_pretraining_leaves_frozen_what_the_user_froze(bert):
     bert.bert.embeddings.position_embeddings.requires_grad_(False)
-    model = get_peft_model(bert, OIALRConfig(pretraining=True))
+    model = get_peft_model(bert, OIALRConfig(mode="pretraining"))
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"base_model.model.bert.embeddings.position_embeddings.weight"}
 
 
 def test_pretraining_from_the_start_factored_trains_sigma_and_everything_else(mlp, make_inputs, outputs_of):
     expected = outputs_of(mlp, make_inputs("mlp"))
-    model = get_peft_model(mlp, config(pretraining=True, **FACTORED))
+    model = get_peft_model(mlp, config(mode="pretraining", **FACTORED))
     assert_close(outputs_of(model, make_inputs("mlp")), expected)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
         f"base_model.model.{layer}.oialr_{name}.default" for layer in ("up", "down") for name in ("u", "vh")
@@ -637,14 +642,14 @@ def test_pretraining_from_the_start_factored_trains_sigma_and_everything_else(ml
 
 
 def test_pretraining_trains_the_copy_of_a_module_to_save_and_not_its_original(mlp):
-    model = get_peft_model(mlp, config(pretraining=True, modules_to_save=["head"]))
+    model = get_peft_model(mlp, config(mode="pretraining", modules_to_save=["head"]))
     assert not any("original_module" in name for name in trainable(model))
     assert sum("modules_to_save" in name for name in trainable(model)) == 2
 
 
 def test_pretraining_merges_into_a_whole_model(bert, make_inputs, outputs_of):
     keys = list(bert.state_dict())
-    model = get_peft_model(bert, OIALRConfig(pretraining=True))
+    model = get_peft_model(bert, OIALRConfig(mode="pretraining"))
     train(model)
     expected = outputs_of(model, make_inputs("bert"))
     model.merge_adapter(safe_merge=True)
@@ -657,10 +662,10 @@ def test_pretraining_merges_into_a_whole_model(bert, make_inputs, outputs_of):
 
 
 def test_what_needs_the_base_weights_is_refused_after_pretraining(mlp, make_inputs, outputs_of):
-    model = get_peft_model(mlp, config(pretraining=True))
+    model = get_peft_model(mlp, config(mode="pretraining"))
     expected = outputs_of(model, make_inputs("mlp"))
     with (
-        pytest.raises(RuntimeError, match=r"`pretraining=True` cannot be disabled: the base weights were released"),
+        pytest.raises(RuntimeError, match=r"`mode=.pretraining.` cannot be disabled: the base weights were released"),
         model.disable_adapter(),
     ):
         pass
@@ -668,7 +673,7 @@ def test_what_needs_the_base_weights_is_refused_after_pretraining(mlp, make_inpu
         model.unload()
     with pytest.raises(RuntimeError, match=r"`delete_adapter` needs the base weights, .* `merge_and_unload`"):
         model.delete_adapter("default")
-    for second in (config(), config(pretraining=True)):
+    for second in (config(), config(mode="pretraining")):
         with pytest.raises(ValueError, match=r"exactly one adapter, but \['default', 'second'\] were asked for\. Load"):
             model.add_adapter("second", second)
     assert list(model.peft_config) == ["default"]
@@ -679,7 +684,7 @@ def test_pretraining_is_refused_beside_another_adapter(mlp, make_inputs, outputs
     model = get_peft_model(mlp, config(init_weights=False))
     expected = outputs_of(model, make_inputs("mlp"))
     with pytest.raises(ValueError, match=r"exactly one adapter, but \['default', 'second'\] were asked for"):
-        model.add_adapter("second", config(pretraining=True))
+        model.add_adapter("second", config(mode="pretraining"))
     assert list(model.peft_config) == ["default"]
     assert_close(outputs_of(model, make_inputs("mlp")), expected, rtol=0, atol=0)
 
@@ -690,7 +695,7 @@ def test_pretraining_is_refused_beside_another_adapter(mlp, make_inputs, outputs
 def test_an_adapter_on_a_bfloat16_model_trains_in_float32(make_model, make_inputs, outputs_of, mode):
     model, inputs = make_model("bert", torch.bfloat16), make_inputs("bert")
     expected = outputs_of(model, inputs)
-    adapted = get_peft_model(model, OIALRConfig(**mode))
+    adapted = get_peft_model(model, OIALRConfig(**{"mode": "replace", **mode}))
     parameters = {name: p for name, p in adapted.named_parameters() if ".oialr_" in name}
     assert {p.dtype for p in parameters.values()} == {torch.float32}
     assert {name.split(".")[-2] for name, p in parameters.items() if p.requires_grad} == {
@@ -703,14 +708,16 @@ def test_an_adapter_on_a_bfloat16_model_trains_in_float32(make_model, make_input
 
 
 def test_autocast_adapter_dtype_can_be_switched_off(make_model, mode):
-    model = get_peft_model(make_model("bert", torch.bfloat16), OIALRConfig(**mode), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        make_model("bert", torch.bfloat16), OIALRConfig(**{"mode": "replace", **mode}), autocast_adapter_dtype=False
+    )
     parameters = {name: p for name, p in model.named_parameters() if ".oialr_" in name}
     assert {p.dtype for p in parameters.values()} == {torch.bfloat16}
     assert len(trainable(model)) == len(adapter_layers(model))
 
 
 def test_bases_of_a_bfloat16_model_are_orthonormal_up_to_its_rounding(make_model):
-    model = get_peft_model(make_model("bert", torch.bfloat16), OIALRConfig(**FACTORED))
+    model = get_peft_model(make_model("bert", torch.bfloat16), OIALRConfig(**{"mode": "replace", **FACTORED}))
     for layer in adapter_layers(model).values():
         u = layer.factors("default").u
         assert_close(u.T @ u, torch.eye(u.shape[1]), atol=1e-2, rtol=0)
@@ -749,7 +756,7 @@ def test_a_model_on_the_meta_device_gets_an_adapter_without_a_decomposition(mode
     monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: pytest.fail("decomposed"))
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    adapted = get_peft_model(model, OIALRConfig(**mode))
+    adapted = get_peft_model(model, OIALRConfig(**{"mode": "replace", **mode}))
     assert all(parameter.is_meta for parameter in adapted.parameters())
     assert len(trainable(adapted)) == 2
 

@@ -15,13 +15,13 @@ from torch.testing import assert_close
 
 from oialr_peft import Factors, OIALRConfig, OIALRController, factorize, rediagonalize, truncate
 from oialr_peft.linalg.ops import build, built_linear, cheapest_route, factored_linear, fold, folded_linear
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 HALF = [torch.bfloat16, torch.float16]
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # largest relative rounding error
 SCHEDULES = {
     "replace": {"delay": 20, "update_every": 10, "stability_threshold": 0.5, "cutoff": 0.1},
-    "residual": {"residual": True, "update_every": 10, "cutoff": 0.1},
+    "residual": {"mode": "adapter", "update_every": 10, "cutoff": 0.1},
 }
 STEPS = 60
 
@@ -48,7 +48,9 @@ class Run:
         autocast_dtype: torch.dtype | None = None,
         scale: float | None = None,
     ) -> None:
-        config = OIALRConfig(target_modules=["0", "2"], modules_to_save=["4"], **SCHEDULES[schedule])
+        config = OIALRConfig(
+            target_modules=["0", "2"], modules_to_save=["4"], **{"mode": "replace", **SCHEDULES[schedule]}
+        )
         self.model = get_peft_model(network().to(model_dtype), config, autocast_adapter_dtype=False)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         Accelerator(cpu=True)  # its optimizer asks it whether gradients are being accumulated
@@ -212,7 +214,7 @@ def test_every_route_is_as_exact_as_the_chain_in_half_precision(dtype, shape):
 def test_autocast_gives_the_gradient_of_float32_by_every_route(rank, route, dtype):
     tokens, n = 3000 if route != "chain" else 40, 48
     assert cheapest_route(n, n, rank, tokens) == route
-    config = OIALRConfig(target_modules=["0"], init_rank=rank, freeze_when="delay", delay=0)
+    config = OIALRConfig(mode="replace", target_modules=["0"], rank=rank, freeze_when="delay", delay=0)
     model = get_peft_model(nn.Sequential(nn.Linear(n, n)), config)
     sigma = model.base_model.model[0].oialr_sigma["default"]
     x = torch.randn(tokens, n)

@@ -21,7 +21,10 @@ FACTORED = {"freeze_when": "delay", "delay": 0, "update_every": 5, "cutoff": 0.0
 
 def adapted(**settings):
     """A factored (12, 12) layer, its optimizer and its controller; at full rank and 400 tokens building pays."""
-    model = get_peft_model(nn.Sequential(nn.Linear(12, 12)), OIALRConfig(target_modules=["0"], **FACTORED, **settings))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(12, 12)),
+        OIALRConfig(target_modules=["0"], **{"mode": "replace", **FACTORED, **settings}),
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
     return model, optimizer, OIALRController(model, optimizer, total_steps=100)
 
@@ -42,13 +45,13 @@ def train_step(model, optimizer, controller, x):
     return controller.step()
 
 
-@pytest.mark.parametrize("settings", [{}, {"init_rank": 5}, {"init_rank": 1}], ids=["built", "folded", "chain"])
+@pytest.mark.parametrize("settings", [{}, {"rank": 5}, {"rank": 1}], ids=["built", "folded", "chain"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_outputs_follow_every_step_of_a_fused_optimizer(mode, settings):
     """Fused optimizers change a parameter without raising its version, so versions alone would not be enough."""
     model, optimizer, controller = adapted(**settings)
     x = torch.randn(400, 12)
-    rank = settings.get("init_rank", 12)
+    rank = settings.get("rank", 12)
     assert cheapest_route(12, 12, rank, 400) == {12: "built", 5: "folded", 1: "chain"}[rank]
     getattr(model, mode)()
     for _ in range(12):
@@ -86,7 +89,7 @@ def test_without_a_controller_nothing_is_kept_in_training():
 
 
 def test_a_frozen_adapter_keeps_its_folded_product_in_evaluation():
-    model, _, _ = adapted(init_rank=3)
+    model, _, _ = adapted(rank=3)
     layer = layer_of(model)
     layer.controlled.clear()
     model.requires_grad_(False).eval()
@@ -120,7 +123,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_change_of_the_factors_is_noticed_in_evaluation(change):
-    model, _, _ = adapted(init_rank=3)
+    model, _, _ = adapted(rank=3)
     model.eval()
     x = torch.randn(5, 12)
     with torch.no_grad():
@@ -131,7 +134,7 @@ def test_a_change_of_the_factors_is_noticed_in_evaluation(change):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("settings", [{}, {"init_rank": 5}, {"init_rank": 1}], ids=["built", "folded", "chain"])
+@pytest.mark.parametrize("settings", [{}, {"rank": 5}, {"rank": 1}], ids=["built", "folded", "chain"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_change_of_the_factors_is_noticed_under_autocast(change, settings, mode):
     """There the cast bases are kept as well."""
@@ -150,7 +153,7 @@ def test_a_change_of_the_factors_is_noticed_under_autocast(change, settings, mod
 
 
 def test_changes_that_versions_do_not_show_are_noticed_at_the_next_change_of_mode():
-    model, _, _ = adapted(init_rank=3)
+    model, _, _ = adapted(rank=3)
     model.eval()
     x = torch.randn(5, 12)
     with torch.no_grad():
@@ -191,7 +194,7 @@ def test_copies_and_pickles_start_without_products():
     assert layer_of(model)._products
 
 
-@pytest.mark.parametrize("settings", [{}, {"init_rank": 3}], ids=["built", "chain"])
+@pytest.mark.parametrize("settings", [{}, {"rank": 3}], ids=["built", "chain"])
 def test_autocast_computes_in_its_own_dtype_and_gives_full_precision_gradients(settings):
     model, _, _ = adapted(**settings)
     model.float()

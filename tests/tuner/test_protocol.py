@@ -29,7 +29,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
@@ -37,14 +37,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* was active which is now deleted:UserWarning"),
 ]
 TIED = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-FACTORED = {"freeze_when": "delay", "delay": 0, "init_rank": 6}
+FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 6}
 PHASES = {
     "dense": {},
     "factored": FACTORED,
     "masked": {**FACTORED, "shrink": "mask"},
-    "residual": {"residual": True, "init_rank": 6},
-    "pretraining": {"pretraining": True},
-    "pretraining factored": {**FACTORED, "pretraining": True},
+    "residual": {"mode": "adapter", "rank": 6},
+    "pretraining": {"mode": "pretraining"},
+    "pretraining factored": {**FACTORED, "mode": "pretraining"},
 }
 KEEPS_BASE = [name for name in PHASES if "pretraining" not in name]
 PRETRAINING = [name for name in PHASES if "pretraining" in name]
@@ -77,7 +77,7 @@ def llama(*, dtype: torch.dtype = torch.float64, tied: bool = True) -> LlamaForC
 
 
 def adapted(phase: str, base: nn.Module | None = None, **fields: object) -> PeftModel:
-    config = OIALRConfig(**{**PHASES[phase], **fields})
+    config = OIALRConfig(**{"mode": "replace", **PHASES[phase], **fields})
     model = get_peft_model(llama() if base is None else base, config).eval()
     if phase == "masked":
         for layer in adapter_layers(model).values():
@@ -197,7 +197,7 @@ def test_the_status_follows_disabling_and_what_trains(phase):
 
 @every_phase
 def test_the_status_of_an_injected_adapter_needs_no_peft_model(phase):
-    model = inject_adapter_in_model(OIALRConfig(**PHASES[phase]), llama())
+    model = inject_adapter_in_model(OIALRConfig(**{"mode": "replace", **PHASES[phase]}), llama())
     assert get_model_status(model).num_adapter_layers == TARGETS
     assert get_model_status(model).active_adapters == ["default"]
 
@@ -218,9 +218,9 @@ def test_the_printed_number_of_parameters_is_what_trains(phase, capsys):
 def test_transformers_adds_switches_disables_and_deletes_adapters(phase):
     base = llama()
     plain = logits(base)
-    base.add_adapter(OIALRConfig(init_weights=False, **PHASES[phase]))
+    base.add_adapter(OIALRConfig(init_weights=False, **{"mode": "replace", **PHASES[phase]}))
     first = logits(base)
-    base.add_adapter(OIALRConfig(init_weights=False, **PHASES[phase]), "second")
+    base.add_adapter(OIALRConfig(init_weights=False, **{"mode": "replace", **PHASES[phase]}), "second")
     assert base.active_adapters() == ["second"]
     assert {name.rpartition(".")[2] for name in trainable(base)} == {"second"}
     assert len(trainable(base)) == TARGETS
@@ -250,16 +250,16 @@ def test_transformers_adds_switches_disables_and_deletes_adapters(phase):
 @pretraining_phases
 def test_transformers_cannot_take_an_only_weight_away(phase, tmp_path):
     base = llama()
-    base.add_adapter(OIALRConfig(**PHASES[phase]))
+    base.add_adapter(OIALRConfig(**{"mode": "replace", **PHASES[phase]}))
     expected = logits(base)
-    with pytest.raises(RuntimeError, match=r"`pretraining=True` cannot be disabled: the base weights were released"):
+    with pytest.raises(RuntimeError, match=r"`mode=.pretraining.` cannot be disabled: the base weights were released"):
         base.disable_adapters()
     with pytest.raises(
-        RuntimeError, match=r"`model\.layers\.0\.self_attn\.q_proj` cannot be deleted: `pretraining=True`"
+        RuntimeError, match=r"`model\.layers\.0\.self_attn\.q_proj` cannot be deleted: `mode=.pretraining.`"
     ):
         base.delete_adapter("default")
     with pytest.raises(ValueError, match="exactly one adapter"):
-        base.add_adapter(OIALRConfig(**PHASES[phase]), "second")
+        base.add_adapter(OIALRConfig(**{"mode": "replace", **PHASES[phase]}), "second")
     assert torch.equal(logits(base), expected)
     base.save_pretrained(tmp_path)
     other = llama()
@@ -270,7 +270,7 @@ def test_transformers_cannot_take_an_only_weight_away(phase, tmp_path):
 @every_phase
 def test_transformers_saves_what_peft_loads(phase, tmp_path):
     base = llama()
-    base.add_adapter(OIALRConfig(init_weights=False, **PHASES[phase]))
+    base.add_adapter(OIALRConfig(init_weights=False, **{"mode": "replace", **PHASES[phase]}))
     moved(base)
     base.save_pretrained(tmp_path)
     assert set(base.get_adapter_state_dict()) == set(get_peft_model_state_dict(base))
@@ -289,7 +289,7 @@ ALIKE = [
 @pytest.mark.parametrize("ignore", [False, True], ids=["", "ignore_mismatched_sizes"])
 @pytest.mark.parametrize(("source", "target"), ALIKE, ids=[" into ".join(pair) for pair in ALIKE])
 def test_the_state_of_an_adapter_is_set_in_a_model_of_any_phase_and_rank(source, target, ignore):
-    trained = moved(adapted(source, **({} if source in ("dense", "pretraining") else {"init_rank": 3})))
+    trained = moved(adapted(source, **({} if source in ("dense", "pretraining") else {"rank": 3})))
     state = get_peft_model_state_dict(trained)
     before = {key: value.clone() for key, value in state.items()}
     model = adapted(target)
@@ -310,7 +310,9 @@ def test_the_state_of_an_adapter_is_set_in_a_model_of_any_phase_and_rank(source,
 def test_the_state_of_an_adapter_is_set_under_another_name_and_without_a_peft_model(phase):
     trained = moved(adapted(phase))
     state = get_peft_model_state_dict(trained)
-    injected = inject_adapter_in_model(OIALRConfig(**PHASES[phase]), llama(), adapter_name="other")
+    injected = inject_adapter_in_model(
+        OIALRConfig(**{"mode": "replace", **PHASES[phase]}), llama(), adapter_name="other"
+    )
     bare = {key.removeprefix("base_model.model."): value for key, value in state.items()}
     result = set_peft_model_state_dict(injected, bare, adapter_name="other")
     assert not result.unexpected_keys
@@ -377,7 +379,7 @@ def test_an_output_embedding_that_is_not_tied_may_be_a_target(phase):
     base = llama(tied=False)
     expected = logits(base)
     model = get_peft_model(
-        base, OIALRConfig(**{**PHASES[phase], "init_rank": None}, target_modules=["q_proj", "lm_head"])
+        base, OIALRConfig(**{"mode": "replace", **PHASES[phase], "rank": None}, target_modules=["q_proj", "lm_head"])
     )
     assert "lm_head" in adapter_layers(model)
     assert_close(logits(model), expected)
@@ -424,8 +426,8 @@ def test_pretraining_saves_an_embedding_of_its_own_as_asked(phase, tmp_path):
 
 
 def test_pretraining_refuses_single_rows_of_an_embedding_that_trains_as_a_whole():
-    with pytest.raises(ValueError, match=r"`trainable_token_indices` \(\[2\]\) must be None with `pretraining=True`"):
-        OIALRConfig(pretraining=True, trainable_token_indices=[2])
+    with pytest.raises(ValueError, match=r"`trainable_token_indices` \(\[2\]\) must be None with `mode=.pretraining.`"):
+        OIALRConfig(mode="pretraining", trainable_token_indices=[2])
 
 
 @phases_with_a_base

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from oialr_peft import OIALRConfig, OIALRController, factorize, save_dense, save_lora
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 from oialr_peft.tuner.quantization import dequantized_dtype, dequantized_weight, is_quantized
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -28,7 +28,7 @@ KINDS = {
     "torchao-int8": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig()),
     "torchao-int4": lambda: TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4)),
 }
-RESIDUAL = {"residual": True, "init_rank": 8, "cutoff": 0.02}
+RESIDUAL = {"mode": "adapter", "rank": 8, "cutoff": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_dequantized_weight_is_close_to_the_one_before(make, saved):
 def test_bases_are_those_of_the_dequantized_weight_and_the_start_changes_nothing(make, tokens):
     model = make()
     before = model(tokens).logits.detach()
-    model = get_peft_model(model, OIALRConfig(**RESIDUAL))
+    model = get_peft_model(model, OIALRConfig(**{"mode": "replace", **RESIDUAL}))
     layer = next(iter(adapter_layers(model).values()))
     expected = factorize(dequantized_weight(layer.get_base_layer()).float(), rank=8)
     found = layer.factors("default")
@@ -90,7 +90,7 @@ def test_bases_are_those_of_the_dequantized_weight_and_the_start_changes_nothing
 
 def test_it_trains_prunes_saves_and_loads_and_the_base_keeps_its_integers(make, tokens, tmp_path):
     base = prepare_model_for_kbit_training(make(), gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = get_peft_model(base, OIALRConfig(**RESIDUAL, update_every=2))
+    model = get_peft_model(base, OIALRConfig(**{"mode": "replace", **RESIDUAL}, update_every=2))
     layer = next(iter(adapter_layers(model).values()))
     integers = dequantized_weight(layer.get_base_layer())
     kind = type(layer.get_base_layer().weight)
@@ -117,7 +117,7 @@ def test_it_trains_prunes_saves_and_loads_and_the_base_keeps_its_integers(make, 
 
 
 def test_it_becomes_a_lora_adapter_of_the_same_quantized_model(make, tokens, tmp_path):
-    model = get_peft_model(make(), OIALRConfig(**RESIDUAL, init_weights=False)).eval()
+    model = get_peft_model(make(), OIALRConfig(**{"mode": "replace", **RESIDUAL}, init_weights=False)).eval()
     save_lora(model, tmp_path)
     loaded = PeftModel.from_pretrained(make(), tmp_path).eval()
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_it_becomes_a_lora_adapter_of_the_same_quantized_model(make, tokens, tmp
 
 
 def test_nothing_is_merged_into_integers(make, tmp_path):
-    model = get_peft_model(make(), OIALRConfig(**RESIDUAL))
+    model = get_peft_model(make(), OIALRConfig(**{"mode": "replace", **RESIDUAL}))
     message = r"q_proj` is quantized; merging would round the adapter away with it\. Keep the adapter beside it"
     with pytest.raises(ValueError, match=message):
         model.merge_adapter()
@@ -140,11 +140,11 @@ def test_nothing_is_merged_into_integers(make, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("settings", [{}, {"freeze_when": "delay", "delay": 0}, {"pretraining": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"freeze_when": "delay", "delay": 0}, {"mode": "pretraining"}], ids=str)
 def test_replacing_a_quantized_weight_is_refused(make, settings):
     model = make()
-    with pytest.raises(ValueError, match=r"q_proj` is quantized, so only a correction .* Set `residual=True`"):
-        get_peft_model(model, OIALRConfig(**settings))
+    with pytest.raises(ValueError, match=r"q_proj` is quantized, so only a correction .* Set `mode=.adapter.`"):
+        get_peft_model(model, OIALRConfig(**{"mode": "replace", **settings}))
     assert not adapter_layers(model)
 
 

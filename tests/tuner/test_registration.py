@@ -149,13 +149,15 @@ def test_the_bounds_are_those_of_the_package_metadata():
 # ---- copies and pickles ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{}, {"freeze_when": "delay", "delay": 0}, {"residual": True}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"freeze_when": "delay", "delay": 0}, {"mode": "adapter"}], ids=str)
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
 def test_a_model_is_copied_and_pickled_with_its_adapter(mlp, make_inputs, outputs_of, fields, copied):
     inputs = make_inputs("mlp")
-    model = get_peft_model(mlp, OIALRConfig(target_modules=["up", "down"], init_weights=False, **fields))
+    model = get_peft_model(
+        mlp, OIALRConfig(target_modules=["up", "down"], init_weights=False, **{"mode": "replace", **fields})
+    )
     expected = outputs_of(model, inputs)
     twin = copied(model)
     assert_close(outputs_of(twin, inputs), expected, rtol=0, atol=0)
@@ -292,9 +294,11 @@ def saved_adapter(make_model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved")
     make_model("bert").save_pretrained(directory / "base")
     base = type(make_model("bert")).from_pretrained(directory / "base")
-    model = get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", residual=True))
+    model = get_peft_model(base, OIALRConfig(task_type="SEQ_CLS", mode="adapter"))
     model.save_pretrained(directory / "adapter")
-    (directory / "pickled").write_bytes(pickle.dumps((OIALRConfig(target_modules=["up"], cutoff=0.2), model)))
+    (directory / "pickled").write_bytes(
+        pickle.dumps((OIALRConfig(mode="replace", target_modules=["up"], cutoff=0.2), model))
+    )
     return directory / "base", directory / "adapter", directory / "pickled"
 
 

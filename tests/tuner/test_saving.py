@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from oialr_peft import OIALRConfig, OIALRController, factorize
-from oialr_peft.tuner.model import adapter_layers
+from oialr_peft.tuner.lookup import adapter_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The head:UserWarning"),
@@ -39,11 +39,11 @@ PHASES = {
     "dense": {"update_every": 2, "stability_threshold": 1.0},
     "partly frozen": {"delay": 0, **CUT},
     "factored": FACTORED,
-    "residual": {"residual": True, **CUT},
+    "residual": {"mode": "adapter", **CUT},
     "mask": {**FACTORED, "shrink": "mask"},
-    "pretraining dense": {"pretraining": True, "stability_threshold": 1.0},
-    "pretraining": {"pretraining": True, **FACTORED},
-    "pretraining mask": {"pretraining": True, "shrink": "mask", **FACTORED},
+    "pretraining dense": {"mode": "pretraining", "stability_threshold": 1.0},
+    "pretraining": {"mode": "pretraining", **FACTORED},
+    "pretraining mask": {"mode": "pretraining", "shrink": "mask", **FACTORED},
 }
 NOT_PRETRAINED = [phase for phase in PHASES if "pretraining" not in phase]
 PRETRAINED = [phase for phase in PHASES if "pretraining" in phase]
@@ -91,7 +91,7 @@ def controlled(model: nn.Module, steps: int = 6) -> OIALRController:
 
 
 def adapted_and_trained(base: nn.Module, inputs: dict[str, Tensor], fields: dict) -> tuple[nn.Module, OIALRController]:
-    model = get_peft_model(base, OIALRConfig(**fields))
+    model = get_peft_model(base, OIALRConfig(**{"mode": "replace", **fields}))
     controller = controlled(model)
     train(model, inputs, controller, 6)
     return model.eval(), controller
@@ -218,7 +218,9 @@ def test_every_way_of_loading_restores_outputs_phases_and_ranks_without_a_decomp
 
 @only(*NOT_PRETRAINED)
 def test_an_adapter_loads_beside_another_one(saved, no_decomposition, outputs_of):
-    model = get_peft_model(saved.load_base(), OIALRConfig(target_modules=["dense", "c_fc"], init_weights=False)).eval()
+    model = get_peft_model(
+        saved.load_base(), OIALRConfig(mode="replace", target_modules=["dense", "c_fc"], init_weights=False)
+    ).eval()
     first = outputs_of(model, saved.inputs)
     model.load_adapter(saved.adapter, adapter_name="second")
     assert_close(outputs_of(model, saved.inputs), first, rtol=0, atol=0)
@@ -269,7 +271,7 @@ def test_saving_does_not_change_the_model(saved, tmp_path, outputs_of):
 @pytest.mark.parametrize("name", ["mlp", "vit", "t5"])
 @pytest.mark.parametrize("fields", [{}, {"freeze_when": "delay", "delay": 0}], ids=["dense", "factored"])
 def test_a_pretrained_model_of_any_kind_is_restored_whole(name, fields, make_model, make_inputs, outputs_of, tmp_path):
-    model = get_peft_model(make_model(name), OIALRConfig(pretraining=True, **fields))
+    model = get_peft_model(make_model(name), OIALRConfig(mode="pretraining", **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -282,9 +284,11 @@ def test_a_pretrained_model_of_any_kind_is_restored_whole(name, fields, make_mod
         assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
 
 
-@pytest.mark.parametrize("fields", [{}, {"freeze_when": "delay", "delay": 0}, {"residual": True}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"freeze_when": "delay", "delay": 0}, {"mode": "adapter"}], ids=str)
 def test_an_adapter_in_float32_on_a_bfloat16_model_is_restored(fields, make_model, make_inputs, outputs_of, tmp_path):
-    model = get_peft_model(make_model("bert", torch.bfloat16), OIALRConfig(init_weights=False, **fields))
+    model = get_peft_model(
+        make_model("bert", torch.bfloat16), OIALRConfig(init_weights=False, **{"mode": "replace", **fields})
+    )
     expected = outputs_of(model, make_inputs("bert"))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_model("bert", torch.bfloat16), tmp_path)
@@ -335,7 +339,7 @@ def test_pretraining_saves_everything_else_under_each_of_its_names(saved):
 @pytest.mark.parametrize("phase", ["dense", "factored", "mask"])
 def test_the_file_is_hardly_larger_than_its_tensors(phase, tmp_path):
     base = nn.Sequential(nn.Linear(256, 192), nn.Linear(192, 256))
-    model = get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **PHASES[phase]))
+    model = get_peft_model(base, OIALRConfig(target_modules=["0", "1"], **{"mode": "replace", **PHASES[phase]}))
     if phase != "dense":
         for layer in adapter_layers(model).values():
             cut = factorize(layer.adapter_weight("default"), rank=40)
@@ -373,7 +377,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name_and_changes_nothing(
     factored_bert, bert, pattern, shape, make_model, make_inputs, outputs_of
 ):
     tensors = resized(get_peft_model_state_dict(factored_bert), pattern, shape)
-    model = get_peft_model(make_model("bert"), OIALRConfig())
+    model = get_peft_model(make_model("bert"), OIALRConfig(mode="replace"))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = outputs_of(model, make_inputs("bert"))
     with pytest.raises(
@@ -432,7 +436,9 @@ def test_a_checkpoint_that_lacks_a_layer_does_not_pass_for_a_working_one(saved, 
 
 
 def restores(state: dict[str, Tensor], saved: Saved, **fields: object) -> bool:
-    model = get_peft_model(saved.load_base(), OIALRConfig(task_type=TASKS[saved.name][0], **fields)).eval()
+    model = get_peft_model(
+        saved.load_base(), OIALRConfig(task_type=TASKS[saved.name][0], **{"mode": "replace", **fields})
+    ).eval()
     result = model.load_state_dict(state)
     assert not result.missing_keys
     assert not result.unexpected_keys
@@ -452,13 +458,13 @@ def test_a_state_dict_loads_into_a_model_in_any_other_phase(saved, fields):
 
 @only("residual")
 def test_a_state_dict_loads_into_a_residual_model_of_another_rank(saved):
-    assert restores(saved.model.state_dict(), saved, residual=True)
-    assert restores(saved.model.state_dict(), saved, residual=True, init_rank=1)
+    assert restores(saved.model.state_dict(), saved, mode="adapter")
+    assert restores(saved.model.state_dict(), saved, mode="adapter", rank=1)
 
 
 @only(*PRETRAINED)
 def test_a_state_dict_loads_into_another_pretrained_model(saved):
-    assert restores(saved.model.state_dict(), saved, pretraining=True)
+    assert restores(saved.model.state_dict(), saved, mode="pretraining")
 
 
 def test_the_adapter_state_dict_names_no_adapter(saved):

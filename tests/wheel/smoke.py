@@ -21,7 +21,9 @@ def model() -> torch.nn.Module:
 
 def main() -> None:
     assert Path(oialr_peft.__file__).is_relative_to(sys.prefix), oialr_peft.__file__
-    adapted = get_peft_model(model(), OIALRConfig(target_modules=["0"], freeze_when="delay", delay=4, update_every=2))
+    adapted = get_peft_model(
+        model(), OIALRConfig(mode="replace", target_modules=["0"], freeze_when="delay", delay=4, update_every=2)
+    )
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
     controller = OIALRController(adapted, optimizer, total_steps=8)
     for _ in range(8):

@@ -34,5 +34,5 @@ def history(trainer: OIALRTrainer) -> list[OIALRUpdate]:
 
 assert_type(factorize(torch.eye(3)), Factors)
 assert_type(stability(torch.eye(3), torch.eye(3)), float)
-assert_type(OIALRConfig(cutoff=0.2).cutoff, float | None)
-OIALRConfig(cutoff="0.2")  # type: ignore[arg-type]  # an error, or mypy --strict reports an unused ignore
+assert_type(OIALRConfig(mode="replace", cutoff=0.2).cutoff, float | None)
+OIALRConfig(mode="replace", cutoff="0.2")  # type: ignore[arg-type]  # an error, or mypy --strict reports an unused ignore

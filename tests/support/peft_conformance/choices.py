@@ -18,8 +18,8 @@ AUTO = {"CAUSAL_LM": transformers.AutoModelForCausalLM, "SEQ_2_SEQ_LM": transfor
 
 
 def _has_two_adapters(settings: dict[str, Any]) -> bool:
-    """Whether the tests of mixed batches run: not with `pretraining`, trained biases or trained tokens."""
-    return not {"bias", "pretraining", "trainable_token_indices"} & settings.keys()
+    """Whether the tests of mixed batches run: not in pretraining, with trained biases or with trained tokens."""
+    return settings["mode"] != "pretraining" and not {"bias", "trainable_token_indices"} & settings.keys()
 
 
 CASES = [case for case in (*DECODERS, *ENCODER_DECODERS) if _has_two_adapters(case.values[2])]

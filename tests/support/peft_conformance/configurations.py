@@ -6,12 +6,12 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 # the phases a layer can be in, by the settings that lead there
-DENSE: dict[str, Any] = {}
-FACTORED: dict[str, Any] = {"freeze_when": "delay", "delay": 0}
-TRUNCATED: dict[str, Any] = {**FACTORED, "init_rank": 2}
+DENSE: dict[str, Any] = {"mode": "replace"}
+FACTORED: dict[str, Any] = {**DENSE, "freeze_when": "delay", "delay": 0}
+TRUNCATED: dict[str, Any] = {**FACTORED, "rank": 2}
 MASKED: dict[str, Any] = {**TRUNCATED, "shrink": "mask"}
-RESIDUAL: dict[str, Any] = {"residual": True, "init_rank": 2}
-PRETRAINING: dict[str, Any] = {"pretraining": True}
+RESIDUAL: dict[str, Any] = {"mode": "adapter", "rank": 2}
+PRETRAINING: dict[str, Any] = {"mode": "pretraining"}
 
 
 class Deviation(NamedTuple):

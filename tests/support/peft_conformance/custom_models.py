@@ -61,7 +61,7 @@ TEST_CASES = [
     _case("factored attention+linear", "MHA", **FACTORED, target_modules=["mha", "lin0"]),
     _case("truncated convolution+linear", "Conv2d", **TRUNCATED, target_modules=["conv2d", "lin0"]),
     _case("truncated one-module", "MLP", **TRUNCATED, target_modules=["lin0"]),
-    _case("truncated fraction", "MLP2", **FACTORED, target_modules=["lin0", "lin1"], init_rank=0.5),
+    _case("truncated fraction", "MLP2", **FACTORED, target_modules=["lin0", "lin1"], rank=0.5),
     _case("truncated modules_to_save", "MLP", **TRUNCATED, target_modules=["lin0"], modules_to_save=["lin1"]),
     _case("truncated mask", "MLP", **MASKED, target_modules=["lin0", "lin1"]),
     _case("truncated conv1d+linear", "EmbConv1D", **TRUNCATED, target_modules=["conv1d", "lin0"]),
@@ -71,7 +71,7 @@ TEST_CASES = [
     _case("residual bias-all", "MLP", **RESIDUAL, target_modules=["lin0", "lin1"], bias="all"),
     _case("residual bias-own", "MLP", **RESIDUAL, target_modules=["lin0"], bias="oialr_only"),
     _case("residual mask", "MLP", **RESIDUAL, target_modules=["lin0", "lin1"], shrink="mask"),
-    _case("residual full-rank", "MLP", residual=True, target_modules=["lin0", "lin1"]),
+    _case("residual full-rank", "MLP", mode="adapter", target_modules=["lin0", "lin1"]),
     _case("residual conv1d", "EmbConv1D", **RESIDUAL, target_modules=["conv1d"]),
     _case("residual conv1d+linear", "EmbConv1D", **RESIDUAL, target_modules=["conv1d", "lin0"]),
     _case("residual convolution", "Conv2d", **RESIDUAL, target_modules=["conv2d"]),
@@ -110,7 +110,7 @@ MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES = [
 
 # for the tests that make their configurations themselves and ask only for a class
 CONFIG_CLASSES = [
-    pytest.param(OIALRConfig, id="dense"),
+    pytest.param(partial(OIALRConfig, **DENSE), id="dense"),
     pytest.param(partial(OIALRConfig, **FACTORED), id="factored"),
     pytest.param(partial(OIALRConfig, **RESIDUAL), id="residual"),
 ]

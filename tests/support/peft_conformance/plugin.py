@@ -141,7 +141,7 @@ def instead_of_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     settings = request.param
     monkeypatch.setattr(tests, "LoraConfig", partial(_configuration, settings))
     if hasattr(tests, "TestRequiresGrad"):
-        trained = "oialr_sigma" if OIALRConfig(**settings).starts_factored else "oialr_weight"
+        trained = "oialr_sigma" if OIALRConfig(**settings).resolved().starts_factored else "oialr_weight"
         check = tests.TestRequiresGrad.check_requires_grad
 
         def check_requires_grad(self: Any, model: Any, *names: str) -> None:
@@ -175,7 +175,7 @@ def _configuration(
     init_lora_weights: bool = True,
     **common: Any,
 ) -> OIALRConfig:
-    return OIALRConfig(**settings, init_weights=init_lora_weights, **common)
+    return OIALRConfig(**settings, **common, init_weights=init_lora_weights)
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------

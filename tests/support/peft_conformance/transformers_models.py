@@ -65,7 +65,7 @@ DECODERS = [
     _decoder("factored", "Qwen2", **FACTORED, target_modules=["q_proj", "k_proj", "v_proj"]),
     _decoder("factored head", "Llama", **FACTORED, target_modules=QUERY_VALUE, modules_to_save=["lm_head"]),
     _decoder("truncated", "Llama", **TRUNCATED, target_modules=["gate_proj", "up_proj", "down_proj"]),
-    _decoder("truncated fraction", "GPTNeoX", **FACTORED, init_rank=0.5, target_modules=["query_key_value"]),
+    _decoder("truncated fraction", "GPTNeoX", **FACTORED, rank=0.5, target_modules=["query_key_value"]),
     _decoder("truncated mask", "Gemma3", **MASKED, target_modules=QUERY_VALUE),
     _decoder("residual", "OPT", **RESIDUAL, target_modules=QUERY_VALUE),
     _decoder("residual", "GPT2", **RESIDUAL, target_modules=["c_attn", "c_proj"]),

@@ -1,13 +1,13 @@
-"""Fine-tune a language model for classification with OIALR in residual mode: the base weights stay as they are.
+"""Fine-tune a language model for classification with OIALR in adapter mode: the base weights stay as they are.
 
 By default nothing is downloaded. The texts are docstrings of installed libraries. A tiny BERT first learns, with all its
 weights, which of four libraries a docstring comes from; then it is fine-tuned to name the part of SciPy:
 
-    python examples/03_finetune_residual.py
+    python examples/03_finetune_adapter.py
 
 A pretrained model, and a dataset with columns `text` and `label`, by hub id or local path:
 
-    python examples/03_finetune_residual.py --model google-bert/bert-base-uncased --dataset fancyzhx/ag_news
+    python examples/03_finetune_adapter.py --model google-bert/bert-base-uncased --dataset fancyzhx/ag_news
 """
 
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class ExampleArguments:
     model: str | None = field(default=None, metadata={"help": "Hub id or path; default: a tiny BERT made here."})
     dataset: str = field(default="docstrings", metadata={"help": "Hub id or path, or `docstrings`."})
     metric: str = field(default=str(METRICS / "accuracy"), metadata={"help": "Name on the Hub, or path, of a metric."})
-    init_rank: float = field(default=0.5, metadata={"help": "Rank of the correction, as a share of full rank."})
+    rank: float = field(default=0.5, metadata={"help": "Rank of the correction, as a share of full rank."})
     cutoff: float = field(default=0.02, metadata={"help": "Directions with σ < cutoff·σ_max are dropped."})
 
 
@@ -54,7 +54,7 @@ class ExampleArguments:
 class DemoTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the defaults of this example."""
 
-    output_dir: str = "runs/finetune_residual"
+    output_dir: str = "runs/finetune_adapter"
     num_train_epochs: float = 3
     per_device_train_batch_size: int = 32
     learning_rate: float = 2e-3
@@ -134,7 +134,7 @@ def main() -> None:
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     model = AutoModelForSequenceClassification.from_pretrained(base, ignore_mismatched_sizes=True, **labels)
     # the task type makes the new head train beside the adapter
-    config = OIALRConfig(task_type="SEQ_CLS", residual=True, init_rank=example.init_rank, cutoff=example.cutoff)
+    config = OIALRConfig(task_type="SEQ_CLS", mode="adapter", rank=example.rank, cutoff=example.cutoff)
     model = get_peft_model(model, config)
     trainer = make_trainer(OIALRTrainer, model, AutoTokenizer.from_pretrained(base), data, args, metric)
     before = trainer.evaluate()["eval_accuracy"]
