@@ -39,15 +39,17 @@ _keep_cards_in_pushes()
 
 if TYPE_CHECKING:
     from oialr_peft.report import plot_history, rank_table
-    from oialr_peft.trainer.trainer import OIALRCallback, OIALRTrainer, OIALRTrainerMixin
+    from oialr_peft.trainer.callback import OIALRCallback
+    from oialr_peft.trainer.mixin import OIALRTrainerMixin
+    from oialr_peft.trainer.trainer import OIALRTrainer
 
 __version__ = "0.1.0.dev0"
 
 # importing these costs seconds (transformers.Trainer, matplotlib), so they are imported on first use
 _LAZY = {
-    "OIALRCallback": "oialr_peft.trainer.trainer",
+    "OIALRCallback": "oialr_peft.trainer.callback",
     "OIALRTrainer": "oialr_peft.trainer.trainer",
-    "OIALRTrainerMixin": "oialr_peft.trainer.trainer",
+    "OIALRTrainerMixin": "oialr_peft.trainer.mixin",
     "plot_history": "oialr_peft.report",
     "rank_table": "oialr_peft.report",
 }

@@ -16,7 +16,7 @@ from mortal import PHASES, Moment, finished_states, run
 from processes import forking_context
 
 from oialr_peft.storage.record import checkpoint_step
-from oialr_peft.trainer.trainer import last_complete_checkpoint
+from oialr_peft.trainer.resume import last_complete_checkpoint
 
 CASES = {"replace": 20, "loop": 15, "pretraining": 15}  # how often each is killed
 KILLS_OF_A_RUN = 7  # then it may end

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification
 from oialr_peft import OIALRConfig, save_dense, save_lora, save_low_rank
 from oialr_peft.files.writing import replacing, replacing_in
 from oialr_peft.storage.record import write_record
-from oialr_peft.trainer.trainer import last_complete_checkpoint
+from oialr_peft.trainer.resume import last_complete_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The factors of the .* layers hold:UserWarning")  # of tiny layers
 FACTORED = {"freeze_when": "delay", "delay": 0, "rank": 3}

@@ -20,7 +20,7 @@ from transformers import logging
 from transformers.models.bert import modeling_bert  # noqa: F401  (so that no fork imports it)
 
 from oialr_peft import OIALRConfig, OIALRController, OIALRTrainer
-from oialr_peft.trainer.trainer import last_complete_checkpoint
+from oialr_peft.trainer.resume import last_complete_checkpoint
 
 STEPS = 12
 EVERY = 3  # steps between two saves

@@ -35,7 +35,7 @@ from transformers import (
 
 from oialr_peft import OIALRCallback, OIALRConfig, OIALRTrainer, OIALRTrainerMixin
 from oialr_peft.engine.state import STATE_NAME
-from oialr_peft.trainer.trainer import last_complete_checkpoint
+from oialr_peft.trainer.resume import last_complete_checkpoint
 from oialr_peft.tuner.lookup import adapter_layers
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -182,7 +182,7 @@ def random_states():
 states = random_states()
 before = set(sys.modules)
 import oialr_peft
-for slow in ("transformers.trainer", "torch.distributed.optim", "oialr_peft.trainer.trainer", "oialr_peft.report"):
+for slow in ("transformers.trainer", "torch.distributed.optim", "oialr_peft.trainer", "oialr_peft.report"):
     assert slow not in sys.modules, slow
 # PEFT itself imports what it finds of torchao and bitsandbytes; nothing may come on top
 added = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
