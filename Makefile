@@ -15,10 +15,11 @@ ALONE := .cache/alone
 AUDIT := .cache/audit
 TEXTS := .cache/texts
 DATA ?= ../shared/data
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 SOURCES := $(PACKAGE) oialr_cli tests examples benchmarks conftest.py docs/hooks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types doctest docs test-fast test-slow test-lowest mutation package audit bench-small clean
+.PHONY: help demo test test-all lint format types doctest docs test-fast test-slow test-lowest mutation package audit bench-small clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,9 +27,16 @@ help:  ## list the targets
 demo: $(FOR_DEMO)  ## train dense and OIALR side by side on real data, and compare them
 	$(BIN)/python examples/01_image_classification.py
 
-test: lint  ## every check and test: what CI runs
+test: lint  ## every check, the fast tests and a slow one of each kind: with every change, and what CI runs
 	$(MAKE) --no-print-directory --jobs 2 --output-sync types doctest docs
-	$(MAKE) --no-print-directory test-fast test-slow
+	$(BIN)/python tests/support/fetch_peft_tests.py
+	$(TESTS) -m "not slow or sentinel"
+
+test-all: lint  ## every check and all tests, then the wheel alone and the oldest supported versions: before a release
+	$(MAKE) --no-print-directory --jobs 2 --output-sync types doctest docs
+	$(BIN)/python tests/support/fetch_peft_tests.py
+	$(TESTS) -m "slow or not slow"
+	$(MAKE) --no-print-directory package test-lowest
 
 lint: $(FOR_TESTS)  ## format check and lint
 	$(BIN)/ruff format --check $(SOURCES)
@@ -48,11 +56,11 @@ docs: $(FOR_TESTS)  ## build the documentation site in site/; a warning is an er
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test-fast: $(FOR_TESTS)  ## tests of at most a few seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(TESTS)
 
 test-slow: $(FOR_TESTS)  ## the long tests: PEFT's own suite, the examples in full
 	$(BIN)/python tests/support/fetch_peft_tests.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+	$(TESTS) -m slow
 
 test-lowest:  ## the fast tests with the oldest supported transformers, peft and accelerate
 	$(PYTHON) -m venv $(LOWEST)

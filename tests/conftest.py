@@ -100,6 +100,11 @@ def _t5() -> nn.Module:
 _MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": MLP, "bert": _bert, "gpt2": _gpt2, "vit": _vit, "t5": _t5}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sentinels begin first: they are the longest, and no process shall wait for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("sentinel") is None)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> Iterator[int]:
     """Every test starts from the same random state and leaves the outer one as it was."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,12 @@ from oialr_peft.linalg import decompositions
 from oialr_peft.report.run import run_report
 from oialr_peft.storage.export import save_dense, save_lora, save_low_rank, to_dense
 from oialr_peft.tuner.lookup import adapter_layers
+
+
+def some_of(cases: Iterable[str], *fast: str) -> list[Any]:
+    """All cases; those that are not named are slow tests."""
+    return [pytest.param(case, marks=() if case in fast else pytest.mark.slow) for case in cases]
+
 
 # ---- the same run again ----------------------------------------------------------------------------------------------
 
@@ -50,7 +57,7 @@ def another() -> Iterator[ProcessPool]:
     pool.stop()
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("case", some_of(RUNS, "stable", "outputs"))
 def test_a_run_is_equal_bit_for_bit_in_this_process_and_in_another(another, case):
     here = without_objects(train(*RUNS[case]))
     assert cuts(here["history"]) >= 2
@@ -133,7 +140,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some_of(MODES, "stable", "residual"))
 def test_the_life_of_an_adapter_draws_no_random_numbers(tmp_path, mode):
     base, x = tower(), torch.randn(32, 10)
     with untouched("get_peft_model"):

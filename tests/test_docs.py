@@ -252,6 +252,14 @@ def test_tests_that_are_named_exist(page):
         assert f"def {function}" in files[name], f"{name}::{function}"
 
 
+@pytest.mark.parametrize(("marker", "heading"), [("sentinel", "| sentinel of |"), ("slow", "| file | what only ")])
+def test_the_tiers_of_tests_are_listed(marker, heading):
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    table = page[page.index(heading) :].partition("\n\n")[0]
+    marked = {path.name for path in (ROOT / "tests").rglob("test_*.py") if f"mark.{marker}" in path.read_text()}
+    assert set(re.findall(r"test_\w+\.py", table)) == marked
+
+
 # ---- error messages --------------------------------------------------------------------------------------------------
 
 

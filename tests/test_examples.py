@@ -65,7 +65,7 @@ def test_every_example_is_tested():
 
 
 def test_image_classification_compares_dense_and_oialr(tmp_path):
-    process = process_of("01_image_classification.py", "--output_dir", tmp_path, "--max_steps", 25)
+    process = process_of("01_image_classification.py", "--output_dir", tmp_path, "--max_steps", 10)
     output = process.stdout
     rows = comparison(output)
     assert rows.keys() == {"dense", "OIALR"}
@@ -89,7 +89,7 @@ def test_the_demo_keeps_the_accuracy_of_dense_training_at_half_the_parameters(tm
 
 
 def test_the_accelerate_loop_resumes_bit_for_bit(tmp_path):
-    output = run("02_accelerate_loop.py", "--output_dir", tmp_path, "--max_steps", 60)
+    output = run("02_accelerate_loop.py", "--output_dir", tmp_path, "--max_steps", 20)
     assert "weights equal bit for bit: True" in output
     share = float(re.search(r"trainable parameters: ([\d.]+) %", output).group(1))
     assert 0 < share < 100
@@ -123,6 +123,7 @@ def launched(config: Path) -> tuple[object, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.sentinel
 def test_two_launched_processes_resume_bit_for_bit(tmp_path):
     launcher = launched(EXAMPLES / "accelerate_configs" / "two_processes.yaml")
     output = run("02_accelerate_loop.py", "--output_dir", tmp_path, "--max_steps", 40, "--cpu", launcher=launcher)

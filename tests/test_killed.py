@@ -19,6 +19,7 @@ from oialr_peft.storage.record import checkpoint_step
 from oialr_peft.trainer.resume import last_complete_checkpoint
 
 CASES = {"replace": 20, "loop": 15, "pretraining": 15}  # how often each is killed
+MARKS = {case: [pytest.mark.slow] + [pytest.mark.sentinel] * (case == "loop") for case in CASES}
 KILLS_OF_A_RUN = 7  # then it may end
 
 
@@ -55,7 +56,7 @@ def end_of(directory: Path) -> tuple[str, dict[str, int]]:
 
 @pytest.mark.parametrize(
     ("case", "kills"),
-    [("replace", 3), *(pytest.param(case, kills, marks=pytest.mark.slow) for case, kills in CASES.items())],
+    [("replace", 3), *(pytest.param(case, kills, marks=MARKS[case]) for case, kills in CASES.items())],
 )
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(case, kills, in_a_process, tmp_path):
     random = Random(case)

@@ -201,6 +201,9 @@ def test_a_standalone_model_trains_its_cores_and_is_saved_again(tmp_path, make_m
     assert torch.equal(outputs_of(again.eval(), make_inputs("bert")), outputs_of(model.eval(), make_inputs("bert")))
 
 
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "gpt2" else pytest.mark.slow) for kind in CLASSES]
+)
 def test_a_dense_model_loads_in_plain_transformers(kind, tmp_path, make_model, make_inputs, outputs_of):
     model = factored(make_model(kind))
     save_low_rank(model, tmp_path / "low")

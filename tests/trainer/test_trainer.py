@@ -49,7 +49,9 @@ def logs_without_times(trainer):
     ]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in ("replace", "residual") else pytest.mark.slow) for case in CASES]
+)
 def test_resuming_at_any_checkpoint_equals_an_uninterrupted_run(case, tmp_path):
     settings = {
         "save_strategy": "steps",

@@ -57,11 +57,12 @@ PHASES = {
 KEEPS_BASE = [phase for phase in PHASES if phase != "pretraining"]
 
 
-def phases(*fast: str, of: Iterable[str] = PHASES) -> pytest.MarkDecorator:
+def phases(*fast: str, of: Iterable[str] = PHASES, sentinel: str | None = None) -> pytest.MarkDecorator:
     """The phases to test; those that are not named are slow tests."""
-    return pytest.mark.parametrize(
-        "phase", [pytest.param(phase, marks=() if phase in fast else pytest.mark.slow) for phase in of]
-    )
+    marks = {phase: [] if phase in fast else [pytest.mark.slow] for phase in of}
+    if sentinel is not None:
+        marks[sentinel].append(pytest.mark.sentinel)
+    return pytest.mark.parametrize("phase", [pytest.param(phase, marks=marks[phase]) for phase in of])
 
 
 class OIALRSFTTrainer(OIALRTrainerMixin, SFTTrainer):
@@ -167,7 +168,7 @@ def assert_trained_as_it_should(trainer: Any) -> None:
 # ---- supervised fine-tuning ------------------------------------------------------------------------------------------
 
 
-@phases("dense", "residual", "pretraining")
+@phases("dense", "residual", "pretraining", sentinel="masked")
 def test_sft_trains_an_adapter_that_it_makes_or_is_given(phase, tmp_path):
     made = trained(
         OIALRSFTTrainer, tmp_path, llama(), OIALRConfig(task_type="CAUSAL_LM", **{"mode": "replace", **PHASES[phase]})

@@ -18,6 +18,7 @@ class Suite(NamedTuple):
     # of its tests over all models and configurations: rows of model, class and arguments of the configuration
     cases: Sequence[Any] = ()
     tests_of_lora: Collection[str] = ()  # tests that name LoRA, but hold for every method
+    sentinel: bool = False  # runs with every change: one suite of custom models, one of transformers models
 
     def deviation_of(self, test: str) -> Deviation | None:
         """The first deviation that covers a test, named with the case in brackets."""
@@ -30,6 +31,7 @@ SUITES = [
         custom_models.DEVIATIONS,
         fewest_passed=2835,
         tests_of_lora=custom_models.TESTS_OF_LORA,
+        sentinel=True,
     ),
     Suite(
         "test_decoder_models.py",
@@ -56,5 +58,6 @@ SUITES = [
         transformers_models.DEVIATIONS,
         fewest_passed=92,
         cases=transformers_models.CLASSIFIERS,
+        sentinel=True,
     ),
 ]
