@@ -57,7 +57,7 @@ def another() -> Iterator[ProcessPool]:
     pool.stop()
 
 
-@pytest.mark.parametrize("case", some_of(RUNS, "stable", "outputs"))
+@pytest.mark.parametrize("case", some_of(RUNS, "stable", "bounded"))
 def test_a_run_is_equal_bit_for_bit_in_this_process_and_in_another(another, case):
     here = without_objects(train(*RUNS[case]))
     assert cuts(here["history"]) >= 2
