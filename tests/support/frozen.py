@@ -1,7 +1,7 @@
 """The frozen checkpoints in `tests/data`: what they are of, and how they were made.
 
-``python tests/support/frozen.py`` adds those of the present format, in a directory of their own. Files that are there are never
-made again: they stand for what users have on their disks.
+``python tests/support/frozen.py`` adds those of the present format, in a directory of their own. From the first release on, files
+that are there are never made again: they stand for what users have on their disks.
 """
 
 from __future__ import annotations
