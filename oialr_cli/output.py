@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from oialr_peft.files.card import SavedLayer, layer_group, layer_kinds
+from oialr_peft.files.described import SavedLayer, layer_group, layer_kinds
 from oialr_peft.report.comparison import ABSENT, Comparison
 from oialr_peft.report.estimate import Estimate, Phase
 from oialr_peft.report.ranks import aligned

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-from oialr_peft.files.card import layer_group
+from oialr_peft.files.described import layer_group
 
 
 class Tick(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from oialr_peft.engine.update import OIALRUpdate
-from oialr_peft.files.card import layer_kinds
+from oialr_peft.files.described import layer_kinds
 from oialr_peft.report import plots
 from oialr_peft.report.page import Cell, Column, Table, Tile, number, plain_table, render
 from oialr_peft.report.spectra import Spectra, spectra_of_checkpoint

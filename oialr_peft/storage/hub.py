@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
-from oialr_peft.files import card
+from oialr_peft.files import card, card_text
 from oialr_peft.files.checkpoints import WEIGHT_FILES
 from oialr_peft.files.writing import UNFINISHED
 from oialr_peft.tuner.config import OIALRConfig
@@ -63,10 +63,10 @@ def write_low_rank_card(
     config = cast(OIALRConfig, base.peft_config[name])
     saved = saved_model(base, name)
     title = (repo_id or str(Path(directory).resolve())).rpartition("/")[2]
-    loading = card.low_rank_loading(saved, location=repo_id or title)
+    loading = card_text.low_rank_loading(saved, location=repo_id or title)
     card.write_section(
         directory,
-        card.section("Low-rank weights (OIALR)", card.METHOD, loading, saved.layers, config.resolved().shown()),
+        card.section("Low-rank weights (OIALR)", card_text.METHOD, loading, saved.layers, config.resolved().shown()),
         key="low-rank weights",
         library="transformers",
         tags=card.LOW_RANK_TAGS,

@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from oialr_peft.files.card import SavedLayer, hub_id
+from oialr_peft.files.card import hub_id
 from oialr_peft.files.checkpoints import (
     StoredTensor,
     by_layer,
@@ -24,6 +24,7 @@ from oialr_peft.files.checkpoints import (
     read_json,
     tensors_in,
 )
+from oialr_peft.files.described import SavedLayer
 from oialr_peft.storage.low_rank import METHOD, LowRankConfig
 from oialr_peft.storage.record import RECORD_NAME, RunRecord, checkpoint_step, read_record
 from oialr_peft.tuner.config import OIALRConfig

@@ -18,8 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from oialr_peft.engine.state import is_update, update_of
 from oialr_peft.engine.update import OIALRUpdate
-from oialr_peft.files.card import SavedLayer
 from oialr_peft.files.checkpoints import read_json
+from oialr_peft.files.described import SavedLayer
 from oialr_peft.files.fields import (
     Fields,
     has_fields,

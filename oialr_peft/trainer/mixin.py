@@ -16,8 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from oialr_peft.engine.controller import OIALRController
 from oialr_peft.engine.state import STATE_NAME, read_state
-from oialr_peft.files.card import Run, write_adapter_card
+from oialr_peft.files.card import write_adapter_card
 from oialr_peft.files.checkpoints import check_adapter_directory
+from oialr_peft.files.described import Run
 from oialr_peft.storage.record import is_model_metric
 from oialr_peft.trainer.callback import OIALRCallback, adapter_to_train
 from oialr_peft.trainer.reference import fill_reference_adapter

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from oialr_peft.files.card import SavedLayer, SavedModel, SavedSettings, directory_of, write_adapter_card
+from oialr_peft.files.card import directory_of, write_adapter_card
 from oialr_peft.files.checkpoints import Elsewhere, without_wrappers
+from oialr_peft.files.described import SavedLayer, SavedModel, SavedSettings
 from oialr_peft.tuner.attention import SplitAttention
 from oialr_peft.tuner.config import OIALRConfig, Saving
 from oialr_peft.tuner.lookup import adapter_layers

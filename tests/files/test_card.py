@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import BertForSequenceClassification
 
 from oialr_peft import OIALRConfig, OIALRUpdate, save_low_rank
-from oialr_peft.files import card
-from oialr_peft.files.card import Run, SavedLayer, SavedModel
+from oialr_peft.files import card, card_text, described
+from oialr_peft.files.described import Run, SavedLayer, SavedModel
 from oialr_peft.tuner.lookup import adapter_layers
 from oialr_peft.tuner.saved import saved_model
 
@@ -47,7 +47,7 @@ def rows_of(text):
     ],
 )
 def test_a_group_is_the_name_without_indices(name, group):
-    assert card.layer_group(name) == group
+    assert described.layer_group(name) == group
 
 
 def test_a_row_holds_the_figures_of_its_group():
@@ -60,7 +60,7 @@ def test_a_row_holds_the_figures_of_its_group():
         SavedLayer("pooler", 10, 200, None),
         SavedLayer("encoder.3.query", 16, 8, 1),
     ]
-    assert rows_of(card.layers_table(layers)) == [
+    assert rows_of(card_text.layers_table(layers)) == [
         # 35·3 + 38·6 + 37·5 = 518; 768 / 518
         ["`encoder.*.query`", "3", "16×16", "3 / 4.7 / 6", "768", "518", "1.48×"],
         # 44·4 + 24·16 = 560
@@ -72,13 +72,13 @@ def test_a_row_holds_the_figures_of_its_group():
 
 
 def test_all_columns_but_the_first_are_aligned_to_the_right():
-    header, ruler, _ = card.layers_table([]).splitlines()
+    header, ruler, _ = card_text.layers_table([]).splitlines()
     assert header == "| layers | count | m×n | rank: min / mean / max | parameters, dense | stored | compression |"
     assert ruler == "|---|--:|--:|--:|--:|--:|--:|"
 
 
 def test_settings_are_shown_as_they_are_written():
-    assert rows_of(card.settings_table({"freeze_when": "stable", "delay": 0.1})) == [
+    assert rows_of(card_text.settings_table({"freeze_when": "stable", "delay": 0.1})) == [
         ["`freeze_when`", "`'stable'`"],
         ["`delay`", "`0.1`"],
     ]
@@ -91,7 +91,7 @@ def test_a_run_says_when_layers_were_factored():
         OIALRUpdate(step=30, trainable=123, total=1000, seconds=0.5),
         OIALRUpdate(step=4000, trainable=120, total=1000, seconds=0.5, frozen=["a.2.q"]),
     ]
-    lines, factored, metrics = card.run_text(Run(4321, history, {"eval_loss": 0.123456})).split("\n\n")
+    lines, factored, metrics = card_text.run_text(Run(4321, history, {"eval_loss": 0.123456})).split("\n\n")
     assert lines.splitlines() == [
         "- optimizer steps: 4,321",
         "- checks: 4, which took 1.75 s in all",
@@ -107,12 +107,12 @@ def test_a_run_says_when_layers_were_factored():
 
 
 def test_a_run_without_checks_or_evaluation_says_so():
-    assert card.run_text(Run(3, [], {})) == "- optimizer steps: 3\n- checks: none"
+    assert card_text.run_text(Run(3, [], {})) == "- optimizer steps: 3\n- checks: none"
 
 
 def test_the_citation_is_the_one_of_the_readme():
     readme = Path(__file__).parents[2].joinpath("README.md").read_text()
-    assert f"```bibtex\n{card.CITATION}\n```" in readme
+    assert f"```bibtex\n{card_text.CITATION}\n```" in readme
 
 
 # ---- how to load ---------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_a_directory_is_no_repository_even_if_its_name_could_be_one(tmp_path, mo
 
 def test_the_code_names_base_model_class_labels_and_folder():
     saved = SavedModel((), "second", "BertForSequenceClassification", 3)
-    assert card.adapter_loading(saved, location="owner/adapter", base_model="owner/base").splitlines() == [
+    assert card_text.adapter_loading(saved, location="owner/adapter", base_model="owner/base").splitlines() == [
         "```python",
         "import oialr_peft  # registers the method with PEFT",
         "from peft import PeftModel",
@@ -148,20 +148,20 @@ def test_the_code_names_base_model_class_labels_and_folder():
 
 def test_the_code_names_the_revision_of_the_base_model():
     saved = SavedModel((), base_class="BertModel")
-    text = card.adapter_loading(saved, location="owner/adapter", base_model="owner/base", revision="v2")
+    text = card_text.adapter_loading(saved, location="owner/adapter", base_model="owner/base", revision="v2")
     assert 'BertModel.from_pretrained("owner/base", revision="v2")\n' in text
 
 
 def test_the_reader_is_told_what_to_fill_in():
     bert = SavedModel((), base_class="BertModel")
-    text = card.adapter_loading(bert, location="x", base_model=None, from_scratch=True)
+    text = card_text.adapter_loading(bert, location="x", base_model=None, from_scratch=True)
     assert text.startswith("The adapter holds every weight. Let `config` be")
     assert "base_model = BertModel(config)\n" in text
     for saved, base_model in ((bert, None), (SavedModel(()), "owner/base")):
-        text = card.adapter_loading(saved, location="x", base_model=base_model)
+        text = card_text.adapter_loading(saved, location="x", base_model=base_model)
         assert text.startswith("Let `base_model` be the model that the adapter was trained on.")
         assert "base_model =" not in text
-    assert card.low_rank_loading(SavedModel(()), location="x").startswith("Let `Model` be the class of the model.")
+    assert card_text.low_rank_loading(SavedModel(()), location="x").startswith("Let `Model` be the class of the model.")
 
 
 @pytest.mark.parametrize("settings", [FACTORED, {"mode": "pretraining"}], ids=["replace", "pretraining"])
@@ -255,18 +255,18 @@ def test_the_section_describes_the_saved_layers(tmp_path, bert):
     model.save_pretrained(tmp_path)
     saved = saved_model(model)
     text = ModelCard.load(tmp_path / "README.md").text
-    assert card.layers_table(saved.layers) in text
+    assert card_text.layers_table(saved.layers) in text
     assert [layer.name for layer in saved.layers if layer.rank is None] == [dense.name]
     assert (saved.base_class, saved.num_labels) == ("BertForSequenceClassification", 3)
-    assert card.settings_table(model.peft_config["default"].resolved().shown()) in text
+    assert card_text.settings_table(model.peft_config["default"].resolved().shown()) in text
     assert "| `rank` | `0.5` |" in text
 
 
 def test_the_method_of_a_residual_adapter_is_another_one(tmp_path, bert):
     get_peft_model(bert, OIALRConfig(mode="adapter")).save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert card.CORRECTION_METHOD in text
-    assert card.METHOD not in text
+    assert card_text.CORRECTION_METHOD in text
+    assert card_text.METHOD not in text
 
 
 def test_other_adapters_have_sections_on_the_card_that_the_hub_shows(tmp_path, bert):
@@ -333,7 +333,7 @@ def test_a_low_rank_checkpoint_has_a_card_without_the_tag_of_peft(tmp_path, bert
     assert found.data.to_dict() == {"library_name": "transformers", "tags": ["oialr"]}
     assert found.text.startswith("\n# low\n")
     assert found.text.count("<!-- oialr_peft: low-rank weights -->") == 1
-    assert card.layers_table(saved_model(model).layers) in found.text
+    assert card_text.layers_table(saved_model(model).layers) in found.text
 
 
 def test_collecting_weights_without_saving_writes_nothing(tmp_path, monkeypatch, bert):

@@ -8,7 +8,7 @@ from pathlib import Path
 from trainer_runs import adapted, trained
 
 from oialr_peft import OIALRUpdate
-from oialr_peft.files.card import SavedLayer
+from oialr_peft.files.described import SavedLayer
 from oialr_peft.storage.record import RunRecord
 
 HOSTILE = '<script>document.title="owned"</script>'
