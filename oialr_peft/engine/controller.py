@@ -72,6 +72,7 @@ class OIALRController:
         disable_tqdm: no progress bar while a check decomposes for more than a second.
 
     Attributes:
+        settings: every setting of the adapter, decided.
         history: the `OIALRUpdate` of every check so far.
 
     Raises:
