@@ -141,7 +141,7 @@ def random_schedule(seed: int) -> tuple[dict, dict]:
         "rank": draw.choice([None, None, 0.5, 5]),
         "stability_storage": draw.choice(["sketch", "full", "bf16", "cpu"]),
         "shrink": draw.choice(["physical", "physical", "mask"]),
-        "pretraining": draw.random() < 0.7,
+        "mode": "pretraining" if draw.random() < 0.7 else "replace",
     }
     options = {
         "steps": 16,

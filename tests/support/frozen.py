@@ -142,7 +142,7 @@ def _make_adapter(directory: Path, settings: dict[str, Any]) -> None:
     controller = OIALRController(model, optimizer, total_steps=STEPS)
     inputs = {"x": torch.randn(8, 3, 6)}
     model.train()
-    if not settings.get("pretraining"):
+    if settings.get("mode") != "pretraining":
         network.norm.eval()  # its statistics are no part of such an adapter
     for _ in range(SAVED_AT):
         model(**inputs).square().mean().backward()
