@@ -1,7 +1,7 @@
 r"""Text classification with a pretrained encoder: full fine-tuning, PEFT's methods and OIALR with the same budget.
 
     python benchmarks/finetuning.py --model MODEL --train train.tab --test test.tab \
-        --run full full '{}' --run lora lora '{"r": 16}' --run oialr oialr '{"max_output_loss": 0.001}'
+        --run full full '{}' --run lora lora '{"r": 16}' --run oialr oialr '{"mode": "replace", "max_output_loss": 0.001}'
 
 Each `--run` is a name, a method (`full`, `oialr`, or a method of PEFT by its name) and the settings of its configuration as
 JSON; "lr" among them is the learning rate. The files are tab-separated, three header rows, label and text. The head, new and dense,

@@ -93,7 +93,7 @@ def accuracy(data: Path, packages: Path) -> Iterator[tuple[list[str], list[Path]
     methods = [
         ("full", "full", '{"lr": 3e-4}'),
         ("lora", "lora", '{"lr": 3e-3, "target_modules": "all-linear"}'),
-        ("default", "oialr", '{"lr": 3e-4}'),
+        ("replace", "oialr", '{"lr": 3e-4, "mode": "replace"}'),
         ("residual", "oialr", '{"lr": 1e-3, "mode": "adapter", "rank": 96}'),
     ]
     sizes = ["--steps", "30", "--length", "32", "--evaluated", "200", *seeds]

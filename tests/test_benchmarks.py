@@ -546,7 +546,7 @@ def test_adaptation_has_a_row_for_every_method(tmp_path, summaries):
     (tmp_path / "other.txt").write_text("\n\n".join(["word1 word2 word3"] * 60))
     methods = {
         "full": '{"lr": 0.01}', "lora": '{"r": 2}', "adalora": '{"target_r": 2, "target_modules": ["q_proj"]}',
-        "oialr": '{"residual": true, "rank": 4, "update_every": 2}',
+        "oialr": '{"mode": "adapter", "rank": 4, "update_every": 2}',
     }  # fmt: skip
     runs = [part for name, settings in methods.items() for part in ("--run", name, name, settings)]
     files = ("--model", tmp_path, "--text", summaries, "--other", tmp_path / "other.txt")
@@ -576,7 +576,7 @@ def test_finetuning_has_a_row_for_every_method(tmp_path):
         (tmp_path / f"{name}.tab").write_text(f"Category\tText\nd\tstring\nclass\t\n{rows}")
     methods = {
         "full": "{}", "lora": '{"r": 2, "lr": 0.001}', "adalora": '{"target_r": 2}', "psoft": '{"r": 2}', "osf": "{}",
-        "oialr": '{"update_every": 2, "delay": 2}',
+        "oialr": '{"mode": "replace", "update_every": 2, "delay": 2}',
     }  # fmt: skip
     runs = [part for name, settings in methods.items() for part in ("--run", name, name, settings)]
     files = ("--model", tmp_path, "--train", tmp_path / "train.tab", "--test", tmp_path / "test.tab")
