@@ -19,8 +19,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from oialr_peft import OIALRConfig, OIALRController
-from oialr_peft.tuner.config import StabilityStorage
 from oialr_peft.tuner.lookup import adapter_layers
+from oialr_peft.tuner.settings import StabilityStorage
 
 DISTANCES = "0.2,1"
 

@@ -345,7 +345,7 @@ MODES: dict[str, dict[str, object]] = {
     "freeze": {"freeze_when": "delay", "delay": 1, "update_every": 1},
     "factored": {"freeze_when": "delay", "delay": 0, "update_every": 1},
     "masked": {"freeze_when": "delay", "delay": 0, "update_every": 1, "shrink": "mask"},
-    "residual": {"mode": "adapter", "update_every": 1},
+    "residual": {"mode": "adapter", "rank": 1000, "update_every": 1},  # all directions
     "pretraining": {"mode": "pretraining", "freeze_when": "delay", "delay": 1, "update_every": 1},
     "bounded": {"freeze_when": "delay", "delay": 1, "update_every": 1, "max_output_loss": 0.5, "max_rank_drop": 0.5},
 }

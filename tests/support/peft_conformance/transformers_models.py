@@ -61,7 +61,7 @@ DECODERS = [
     _decoder("dense tokens", "Llama", **DENSE, target_modules=QUERY_VALUE, **TOKENS),
     _decoder("factored", "OPT", **FACTORED, target_modules=QUERY_VALUE),
     _decoder("factored all-linear", "GPT2", **FACTORED),
-    _decoder("factored", "GPTNeoX", **FACTORED, target_modules=["query_key_value", "dense_h_to_4h"]),
+    _decoder("factored", "GPTNeoX", **FACTORED, target_modules=["query_key_value", "dense_4h_to_h"]),
     _decoder("factored", "Qwen2", **FACTORED, target_modules=["q_proj", "k_proj", "v_proj"]),
     _decoder("factored head", "Llama", **FACTORED, target_modules=QUERY_VALUE, modules_to_save=["lm_head"]),
     _decoder("truncated", "Llama", **TRUNCATED, target_modules=["gate_proj", "up_proj", "down_proj"]),
