@@ -46,8 +46,6 @@ RECORDED_ARGUMENTS = (
     "fp16",
     "seed",
 )
-
-
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -67,8 +65,9 @@ class OIALRCallback(TrainerCallback):
         ValueError: at the start of training, what `OIALRController` raises; when a resumed run has no saved state.
 
     Examples:
+        >>> from oialr_peft import OIALRCallback, OIALRConfig
         >>> from peft import get_peft_model
-        >>> from transformers import AutoModelForSequenceClassification, BertConfig
+        >>> from transformers import AutoModelForSequenceClassification, BertConfig, Trainer, TrainingArguments
         >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         >>> model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
         >>> rules = {"freeze_when": "delay", "delay": 4, "update_every": 2}

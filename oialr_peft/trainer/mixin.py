@@ -88,8 +88,9 @@ class OIALRTrainerMixin(_MixinBase):
         ...         outputs = model(input_ids=inputs["input_ids"])
         ...         loss = torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=0.1)
         ...         return (loss, outputs) if return_outputs else loss
+        >>> from oialr_peft import OIALRConfig, OIALRTrainerMixin
         >>> from peft import get_peft_model
-        >>> from transformers import AutoModelForSequenceClassification, BertConfig
+        >>> from transformers import AutoModelForSequenceClassification, BertConfig, Trainer, TrainingArguments
         >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         >>> model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
         >>> rules = {"freeze_when": "delay", "delay": 4, "update_every": 2}

@@ -14,8 +14,9 @@ class OIALRTrainer(OIALRTrainerMixin, Trainer):
     `TrainingArguments`. Source of the method: arXiv 2401.08505.
 
     Examples:
+        >>> from oialr_peft import OIALRConfig, OIALRTrainer
         >>> from peft import get_peft_model
-        >>> from transformers import AutoModelForSequenceClassification, BertConfig
+        >>> from transformers import AutoModelForSequenceClassification, BertConfig, Trainer, TrainingArguments
         >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         >>> model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=100, **sizes))
         >>> rules = {"freeze_when": "delay", "delay": 4, "update_every": 2}
